@@ -1,0 +1,1 @@
+"""What a model is: configurations and the table of named encoders."""

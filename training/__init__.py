@@ -1,0 +1,1 @@
+"""How a model learns: datasets, collators, samplers, trainers and recipes."""
