@@ -1,0 +1,108 @@
+"""How many tokens a picture becomes: the one place where encoder strides and their rounding are known.
+
+Every stage that shrinks a feature map is one step `[stride, rounding]`. A padded 3x3 stride-2 convolution rounds up
+("ceil"), a convolution whose kernel equals its stride drops what does not fit ("floor"). The processor expands image
+placeholders with these numbers, the models check against them and the tests hold every encoder to them. VMamba v2 at
+800x1333 is 50x84 = 4200 tokens; the floor arithmetic of the reference (50x83 = 4150) is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Downsampling = list[list]
+"""Steps in the order they are applied, each `[stride: int, "ceil" | "floor"]`; JSON-ready."""
+
+_ROUNDING: dict[str, Callable[[int, int], int]] = {
+    "ceil": lambda size, stride: -(-size // stride),
+    "floor": lambda size, stride: size // stride,
+}
+
+
+def grid_size(height: int, width: int, downsampling: Sequence[Sequence]) -> tuple[int, int]:
+    """Height and width, in cells, of the feature map that an encoder makes of a `height` x `width` pixel canvas.
+
+    Args:
+        height: canvas height in pixels.
+        width: canvas width in pixels.
+        downsampling: steps `[stride, "ceil" | "floor"]` in the order they are applied.
+
+    Raises:
+        ValueError: for a step that is not `[positive int, "ceil" | "floor"]`, or a canvas too small for one cell.
+    """
+    rows, columns = int(height), int(width)
+    for step in downsampling:
+        try:
+            stride, rounding = step
+            divide = _ROUNDING[rounding]
+            valid = int(stride) == stride and stride >= 1
+        except (TypeError, ValueError, KeyError):
+            valid = False
+        if not valid:
+            raise ValueError(f'A downsampling step must be [positive int, "ceil" | "floor"], got {step!r}.')
+        rows, columns = divide(rows, int(stride)), divide(columns, int(stride))
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"A {height}x{width} pixel canvas gives a {rows}x{columns} grid, which holds no token; "
+            f"downsampling {[list(step) for step in downsampling]} needs a larger canvas."
+        )
+    return rows, columns
+
+
+def num_image_tokens(height: int, width: int, downsampling: Sequence[Sequence]) -> int:
+    """Number of image tokens, rows times columns of `grid_size`, for a `height` x `width` pixel canvas."""
+    rows, columns = grid_size(height, width, downsampling)
+    return rows * columns
+
+
+def _tap_stage(config: Any) -> int:
+    """Index in `stage_names` of the deepest output, the tap; 0 is the stem."""
+    return config.stage_names.index(config.out_features[-1])
+
+
+def _ssm_vision(config: Any) -> Downsampling:
+    stem = {"conv4": [[4, "floor"]], "conv3x2": [[2, "ceil"], [2, "ceil"]]}[config.stem]
+    # Both downsamplings round up: "conv3" is padded, and "patch_merge" pads an odd map by one row or column.
+    return stem + [[2, "ceil"] for _ in range(_tap_stage(config) - 1)]
+
+
+def _swin(config: Any) -> Downsampling:
+    # Patch embedding and patch merging both pad to a multiple of their stride.
+    return [[config.patch_size, "ceil"]] + [[2, "ceil"] for _ in range(_tap_stage(config) - 1)]
+
+
+def _convnext(config: Any) -> Downsampling:
+    # Stem and downsampling are convolutions whose kernel equals their stride, without padding.
+    return [[config.patch_size, "floor"]] + [[2, "floor"] for _ in range(_tap_stage(config) - 1)]
+
+
+def _patch(config: Any) -> Downsampling:
+    return [[config.patch_size, "floor"]]
+
+
+DOWNSAMPLING: dict[str, Callable[[Any], Downsampling]] = {
+    "ssm_vision": _ssm_vision,
+    "hidden_state_backbone": lambda config: _patch(config.vision_config),
+    "swin": _swin,
+    "convnext": _convnext,
+    "convnextv2": _convnext,
+    "dinov2": _patch,
+    "dinov2_with_registers": _patch,
+}
+"""`model_type` of an encoder config -> its steps up to the tap. A new family of encoders adds one line here."""
+
+
+def encoder_downsampling(config: Any) -> Downsampling:
+    """Steps `[stride, "ceil" | "floor"]` from pixels to the tap of a Backbone config (its last `out_features`).
+
+    Raises:
+        ValueError: for a `model_type` whose stride arithmetic is not in `DOWNSAMPLING`.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in DOWNSAMPLING:
+        raise ValueError(
+            f"The stride arithmetic of encoder type {model_type!r} is not known: wrap a model with hidden states in "
+            f'model_type "hidden_state_backbone", or add it to DOWNSAMPLING (known: {", ".join(sorted(DOWNSAMPLING))}).'
+        )
+    return DOWNSAMPLING[model_type](config)
