@@ -3,21 +3,48 @@
 Importing this package registers every model with the Transformers Auto classes and does nothing else.
 """
 
-from transformers import AutoBackbone, AutoConfig
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+)
 
 from .configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
+from .configuration.configuration_ssm_vision import SSMVisionConfig
+from .configuration.configuration_llava_style import LlavaStyleConfig
+from .modeling.connectors import load_connector, save_connector
 from .modeling.modeling_hidden_state_backbone import HiddenStateBackbone
+from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration, LlavaStyleModel
+from .modeling.modeling_ssm_vision import SSMVisionBackbone, SSMVisionForImageClassification, SSMVisionModel
 from .modeling.token_grid import encoder_downsampling, grid_size, num_image_tokens
 
 __version__ = "0.1.0"
 
 AutoConfig.register("hidden_state_backbone", HiddenStateBackboneConfig, exist_ok=True)
 AutoBackbone.register(HiddenStateBackboneConfig, HiddenStateBackbone, exist_ok=True)
+AutoConfig.register("llava_style", LlavaStyleConfig, exist_ok=True)
+AutoModel.register(LlavaStyleConfig, LlavaStyleModel, exist_ok=True)
+AutoModelForImageTextToText.register(LlavaStyleConfig, LlavaStyleForConditionalGeneration, exist_ok=True)
+AutoConfig.register("ssm_vision", SSMVisionConfig, exist_ok=True)
+AutoModel.register(SSMVisionConfig, SSMVisionModel, exist_ok=True)
+AutoBackbone.register(SSMVisionConfig, SSMVisionBackbone, exist_ok=True)
+AutoModelForImageClassification.register(SSMVisionConfig, SSMVisionForImageClassification, exist_ok=True)
 
 __all__ = [
     "HiddenStateBackbone",
     "HiddenStateBackboneConfig",
+    "LlavaStyleConfig",
+    "LlavaStyleForConditionalGeneration",
+    "LlavaStyleModel",
+    "SSMVisionBackbone",
+    "SSMVisionConfig",
+    "SSMVisionForImageClassification",
+    "SSMVisionModel",
     "encoder_downsampling",
     "grid_size",
+    "load_connector",
     "num_image_tokens",
+    "save_connector",
 ]
