@@ -1,0 +1,265 @@
+"""Image processor: any picture -> the pixels an encoder sees, with the geometry its boxes need.
+
+There is one class for every machine: resizing is always Pillow's, as in the reference, so that a model sees the same
+pixels whether or not torchvision is installed.
+"""
+
+import os
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension, PILImageResampling
+from transformers.image_utils import load_image as load_remote_image
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .geometry import Geometry, make_geometry, square_side
+
+_TRANSPARENT_BACKGROUND = (255, 255, 255)
+_SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
+_REMOTE = ("http://", "https://", "data:image/")
+
+
+class LlavaStyleImagesKwargs(ImagesKwargs, total=False):
+    """What `LlavaStyleImageProcessor` takes beside the common arguments; see there."""
+
+    geometry: str
+    size_divisor: int | None
+    crop_pct: float | None
+    fill: list[int] | tuple[int, ...] | None
+    downsampling: list | None
+    return_geometry: bool
+
+
+def load_image(source: Any, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+    """Any picture as an upright RGB picture.
+
+    EXIF rotation is applied and what is transparent becomes white. 16-bit pictures are scaled to 8 bits; grey, palette
+    and CMYK pictures are converted. Arrays may be [H, W], [C, H, W] or [H, W, C] with 1 to 4 channels, of bool, 8- or
+    16-bit integers, or floats in [0, 1]; where both ends could be channels, a numpy array is taken as [H, W, C] and a
+    torch tensor as [C, H, W], unless `input_data_format` says otherwise.
+
+    Args:
+        source: a path, an http(s) or data URL, bytes of an image file, a PIL picture, or an array.
+        input_data_format: `"channels_first"` or `"channels_last"`, for arrays.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be decoded, or the array is not a picture.
+        TypeError: `source` is none of the above.
+    """
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return _array_to_rgb(source, input_data_format)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the given picture")
+    if isinstance(source, str) and source.startswith(_REMOTE):
+        return load_remote_image(source)
+    if isinstance(source, bytes | bytearray):
+        return _decode(BytesIO(source), "the given bytes")
+    if isinstance(source, str | os.PathLike):
+        if not os.path.isfile(source):
+            raise FileNotFoundError(f"There is no image file {os.fspath(source)!r}.")
+        return _decode(source, f"the image file {os.fspath(source)!r}")
+    raise TypeError(
+        f"A picture must be a path, URL, bytes, PIL picture, numpy array or torch tensor, got {type(source).__name__}."
+    )
+
+
+def _decode(file: Any, what: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return _to_rgb(image, what)
+    except UnidentifiedImageError:
+        raise ValueError(f"Cannot decode {what}: it is not of an image format that Pillow reads.") from None
+
+
+def _to_rgb(image: Image.Image, what: str) -> Image.Image:
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on broken data
+        raise ValueError(f"Cannot decode {what}: {error}.") from error
+    if image.mode == "RGB":
+        return image
+    if image.mode in _SIXTEEN_BIT or image.mode in ("I", "F"):
+        return _array_to_rgb(np.asarray(image), None)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (*_TRANSPARENT_BACKGROUND, 255))
+        return Image.alpha_composite(background, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _channels_last(array: np.ndarray, data_format: str | ChannelDimension | None, prefer_last: bool) -> np.ndarray:
+    """[H, W], [C, H, W] or [H, W, C] -> [H, W, C]."""
+    if array.ndim == 2:
+        return array[:, :, None]
+    if array.ndim != 3:
+        raise ValueError(
+            f"An array with shape {array.shape} is not a picture: expected [H, W], [C, H, W] or [H, W, C]."
+        )
+    if data_format is None:
+        # Three and four are more telling than one: [1, 1, 3] is one RGB pixel.
+        for channels in ((3, 4), (1, 2)):
+            first, last = array.shape[0] in channels, array.shape[2] in channels
+            if first or last:
+                is_last = last and (prefer_last or not first)
+                break
+        else:
+            raise ValueError(f"An array with shape {array.shape} is not a picture: neither end has 1 to 4 channels.")
+    else:
+        is_last = ChannelDimension(data_format) == ChannelDimension.LAST
+    return array if is_last else np.moveaxis(array, 0, -1)
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    low, high = array.min(), array.max()
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.floating):
+        if not (low >= 0 and high <= 1):  # also false for NaN
+            raise ValueError(f"A picture of floats must lie in [0, 1], got values from {low:g} to {high:g}.")
+        return np.round(array * 255).astype(np.uint8)
+    limit = 255 if high <= 255 and array.dtype.itemsize != 2 else 65535
+    if low < 0 or high > limit:
+        raise ValueError(f"A picture of integers must lie in 0 to 65535, got values from {low} to {high}.")
+    return np.round(array * (255 / limit)).astype(np.uint8)
+
+
+def _array_to_rgb(array: Any, data_format: str | ChannelDimension | None) -> Image.Image:
+    is_tensor = isinstance(array, torch.Tensor)
+    if is_tensor:
+        array = array.detach().cpu().numpy()
+    if array.size == 0:
+        raise ValueError(f"An array with shape {array.shape} is not a picture: it has no pixels.")
+    array = _to_uint8(_channels_last(array, data_format, prefer_last=not is_tensor))
+    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    if array.shape[2] not in modes:
+        raise ValueError(f"A picture must have 1 to 4 channels, got {array.shape[2]}.")
+    mode = modes[array.shape[2]]
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array if mode != "L" else array[:, :, 0]), mode), "the array")
+
+
+def _flatten(images: Any) -> Iterator[Any]:
+    """Every picture of nested lists, in order; a 4-dimensional array is a list of pictures."""
+    if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
+        for item in images:
+            yield from _flatten(item)
+    else:
+        yield images
+
+
+class LlavaStyleImageProcessor(PilBackend):
+    """Paints each picture onto its canvas by a named geometry, normalises it and remembers the canvas size.
+
+    Args:
+        geometry (`str`): see `make_geometry`.
+        size (`int` or `dict`): the canvas, `{"height": ..., "width": ...}`; an int is a square. `square_N` needs none.
+        size_divisor (`int`, *optional*), crop_pct (`float`, *optional*): see `make_geometry`.
+        resample (`int`): a `PIL.Image.Resampling`; bicubic by default.
+        image_mean, image_std (`list[float]`): per channel, for pixels in [0, 1]; ImageNet's by default.
+        fill (`list[int]`, *optional*): RGB, 0 to 255, of canvas the picture does not cover; where not given,
+            `int(255 * image_mean)` as in the reference.
+        downsampling (`list`): the encoder's steps from canvas to tokens, `[[stride, "ceil" | "floor"], ...]`; the
+            processor counts image tokens with it.
+        do_rescale, rescale_factor, do_normalize: as everywhere in Transformers.
+
+    Calling it with pictures (see `load_image` for what counts as one, nested lists are flattened) returns
+    `pixel_values` [n, 3, H, W], float32, smaller canvases padded right and bottom with 0 to the largest, `image_sizes`
+    [n, 2], int64, each canvas's own height and width, and with `return_geometry=True` also `geometry`, a list of n
+    `Geometry`.
+    """
+
+    valid_kwargs = LlavaStyleImagesKwargs
+    model_input_names = ["pixel_values", "image_sizes"]
+
+    geometry = "letterbox"
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    downsampling = [[16, "floor"]]
+    do_rescale = True
+    do_normalize = True
+    return_geometry = False
+
+    def __init__(self, **kwargs: Unpack[LlavaStyleImagesKwargs]):
+        super().__init__(**kwargs)
+        self.get_geometry(1, 1)  # a bad combination is told here, not at the first picture
+
+    def _standardize_kwargs(self, geometry: str = "letterbox", size: Any = None, **kwargs: Any) -> dict:
+        kwargs = super()._standardize_kwargs(size=size or square_side(geometry) or 224, **kwargs)
+        if not (kwargs["size"].height and kwargs["size"].width):
+            raise ValueError(f"size must be an int or have a height and a width, got {dict(kwargs['size'])}.")
+        unread = [
+            name for name in ("do_resize", "do_center_crop", "do_pad", "crop_size", "pad_size") if kwargs.get(name)
+        ]
+        if unread:
+            raise ValueError(
+                f"{', '.join(unread)} cannot be set: the geometry ({geometry!r}) decides resizing and padding."
+            )
+        return {"geometry": geometry, **kwargs}
+
+    def get_geometry(self, raw_height: int, raw_width: int) -> Geometry:
+        """The geometry of a picture of this raw size (after EXIF rotation), in pixels."""
+        return make_geometry(
+            self.geometry,
+            raw_height,
+            raw_width,
+            (self.size.height, self.size.width),
+            size_divisor=self.size_divisor,
+            crop_pct=self.crop_pct,
+        )
+
+    def fetch_images(self, images: Any) -> list[Image.Image]:
+        """Pictures of any kind and nesting -> a flat list of upright RGB pictures."""
+        return [load_image(image) for image in _flatten(images)]
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: Any,
+        *,
+        geometry: str,
+        size: Any,
+        resample: int,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        fill: list[int] | None = None,
+        size_divisor: int | None = None,
+        crop_pct: float | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        return_geometry: bool = False,
+        return_tensors: str | None = None,
+        **_: Any,
+    ) -> BatchFeature:
+        pictures = [load_image(image, input_data_format) for image in _flatten(images)]
+        if not pictures:
+            raise ValueError("No picture was given: expected at least one.")
+        options = {"size_divisor": size_divisor, "crop_pct": crop_pct}
+        geometries = [
+            make_geometry(geometry, picture.height, picture.width, (size.height, size.width), **options)
+            for picture in pictures
+        ]
+        fill = tuple(fill) if fill is not None else tuple(int(255 * mean) for mean in np.broadcast_to(image_mean, 3))
+        image_sizes = np.array([(g.canvas_height, g.canvas_width) for g in geometries], dtype=np.int64)
+        # (x * rescale_factor - mean) / std as one product and one sum
+        mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
+        mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        scale, shift = np.float32(rescale_factor if do_rescale else 1.0) / std, mean / std
+        pixel_values = np.zeros((len(pictures), 3, *image_sizes.max(axis=0)), dtype=np.float32)  # [n, 3, H, W]
+        for row, picture, placed in zip(pixel_values, pictures, geometries, strict=True):
+            canvas = np.asarray(placed.paint(picture, fill, resample))  # [h, w, 3]
+            row[:, : placed.canvas_height, : placed.canvas_width] = (canvas * scale - shift).transpose(2, 0, 1)
+        features = BatchFeature({"pixel_values": pixel_values, "image_sizes": image_sizes}, tensor_type=return_tensors)
+        if return_geometry:
+            features["geometry"] = geometries
+        return features

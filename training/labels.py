@@ -1,0 +1,154 @@
+"""A conversation -> input ids and labels: only what the assistant says is learned.
+
+Labels are found by what the chat template says, never by searching strings: by its generation marks where it has them,
+else by the difference between the prompt up to an answer and the prompt with it.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from transformers.utils.chat_template_utils import render_jinja_template
+
+IGNORE_INDEX = -100  # what Transformers' losses skip
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]  # characters, end exclusive
+
+
+def tokenize_conversation(
+    processor: Any,
+    messages: list[dict[str, Any]],
+    images: Sequence[Any] | None = None,
+    max_length: int | None = None,
+    *,
+    image_token_counts: Sequence[int] | None = None,
+    sample_id: Any = None,
+) -> dict[str, torch.Tensor]:
+    """One training sample.
+
+    Args:
+        processor: a `LlavaStyleProcessor`.
+        messages: `{"role", "content"}` in order; pictures are content parts `{"type": "image"}`.
+        images: the pictures in order of their content parts (see `load_image` for what counts as one); where None,
+            those that the content parts name (`image`, `url`, `path` or `base64`).
+        max_length: keep at most this many tokens of text, from the start; image tokens come on top and are never cut
+            (paper release: 2048 tokens of text).
+        image_token_counts: instead of pictures, the tokens of each: for training from cached features.
+        sample_id: named in errors.
+
+    Returns:
+        `input_ids` [L] and `labels` [L], int64, labels -100 but on what the assistant says and the token that ends it;
+        and, with pictures, `pixel_values` [n, 3, H, W] and `image_sizes` [n, 2].
+
+    Raises:
+        ValueError: pictures and placeholders differ in number, there is no answer to learn from, truncation leaves
+            none, or the template renders a turn differently once later turns follow (it then needs generation marks).
+    """
+    where = "A conversation" if sample_id is None else f"Sample {sample_id!r}"
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{where} has no assistant message, so there is nothing to learn from it.")
+    text, spans = _render_with_spans(processor, messages, where)
+
+    sample = {}
+    if image_token_counts is None:
+        images = _named_images(messages) if images is None else list(images)
+        _check_count(where, text.count(processor.image_token), len(images))
+        if images:
+            sample.update(processor.image_processor(images, return_tensors="pt"))
+            image_token_counts = [processor.count_image_tokens(h, w) for h, w in sample["image_sizes"].tolist()]
+
+    bos = processor.tokenizer.bos_token
+    encoded = processor.tokenizer(
+        text, add_special_tokens=not (bos and text.startswith(bos)), return_offsets_mapping=True
+    )
+    input_ids = encoded["input_ids"]
+    labels = _labels(input_ids, encoded["offset_mapping"], spans)
+    input_ids, labels = _cut_and_expand(
+        input_ids, labels, processor.image_token_id, list(image_token_counts or []), max_length, where
+    )
+    if not (labels != IGNORE_INDEX).any():
+        reason = (
+            "its answers are empty" if max_length is None else f"its first {max_length} tokens of text hold no answer"
+        )
+        raise ValueError(f"{where} leaves nothing to learn: {reason}.")
+    return {"input_ids": input_ids, "labels": labels, **sample}
+
+
+def _named_images(messages: list[dict[str, Any]]) -> list[Any]:
+    parts = chain.from_iterable(m["content"] for m in messages if not isinstance(m["content"], str))
+    keys = ("image", "url", "path", "base64")
+    return [part[key] for part in parts if part["type"] == "image" for key in keys if part.get(key) is not None]
+
+
+def _check_count(where: str, placeholders: int, images: int) -> None:
+    if placeholders != images:
+        raise ValueError(
+            f"{where} has {placeholders} image placeholders but {images} pictures: each picture needs exactly one."
+        )
+
+
+def _render(processor: Any, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, list[Span]]:
+    """The rendered conversation, and the characters inside generation marks if `return_assistant_tokens_mask`."""
+    (text,), spans = render_jinja_template(
+        [messages], chat_template=processor._resolve_chat_template(None), **processor.template_variables, **kwargs
+    )
+    return text, spans[0] if spans else []
+
+
+def _render_with_spans(processor: Any, messages: list[dict[str, Any]], where: str) -> tuple[str, list[Span]]:
+    """The rendered conversation, and the characters of it that the assistant says."""
+    if _GENERATION_MARK.search(processor._resolve_chat_template(None)):
+        return _render(processor, messages, return_assistant_tokens_mask=True)
+
+    text, _ = _render(processor, messages)
+    closing = tuple(processor.tokenizer.added_tokens_encoder)
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, _ = _render(processor, messages[:index], add_generation_prompt=True)
+        answered = text if index + 1 == len(messages) else _render(processor, messages[: index + 1])[0]
+        if not (answered.startswith(prompt) and text.startswith(answered)):
+            raise ValueError(
+                f"{where}: the chat template does not render message {index} as a continuation of its prompt, so what "
+                "the model says cannot be told apart; put {% generation %} ... {% endgeneration %} around the "
+                "assistant's words in the template."
+            )
+        # The model stops at the token that closes its turn; white space behind it is the template's, not the model's.
+        stripped = answered.rstrip()
+        spans.append((len(prompt), len(stripped) if stripped.endswith(closing) else len(answered)))
+    return text, spans
+
+
+def _labels(input_ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
+    """`input_ids` where a token overlaps a span, else -100. Tokens and spans are in order of their characters."""
+    labels = [IGNORE_INDEX] * len(input_ids)
+    remaining = iter(spans)
+    start, end = next(remaining, (0, 0))
+    for position, (token_start, token_end) in enumerate(offsets):
+        while token_start >= end and (following := next(remaining, None)):
+            start, end = following
+        if start < token_end and token_start < end and token_start < token_end:
+            labels[position] = input_ids[position]
+    return labels
+
+
+def _cut_and_expand(
+    input_ids: list[int], labels: list[int], image_token_id: int, counts: list[int], max_length: int | None, where: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut the text to `max_length`, then repeat each placeholder as often as its picture has tokens. [L], [L]."""
+    ids, targets = torch.tensor(input_ids), torch.tensor(labels)
+    is_image = ids == image_token_id
+    _check_count(where, int(is_image.sum()), len(counts))
+    if max_length is not None:
+        keep = is_image | ((~is_image).cumsum(0) <= max_length)
+        ids, targets, is_image = ids[keep], targets[keep], is_image[keep]
+    targets[is_image] = IGNORE_INDEX
+    if counts:
+        repeats = torch.ones_like(ids)
+        repeats[is_image] = torch.tensor(counts)
+        ids, targets = ids.repeat_interleave(repeats), targets.repeat_interleave(repeats)
+    return ids, targets
