@@ -91,9 +91,10 @@ class SSMVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         kwargs.pop("stage_names", None)
         super().__post_init__(**kwargs)
+        self._check_stages()
 
-    def validate_stages(self):
-        """Checked by `@strict` after construction: stages, mixers and widths agree."""
+    def _check_stages(self):
+        """Stages, mixers and widths agree."""
         stages = len(self.depths)
         if not 1 <= stages <= 4 or len(self.hidden_sizes) != stages or min(*self.depths, *self.hidden_sizes) < 1:
             raise ValueError(

@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from .configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
-from .configuration.configuration_ssm_vision import SSMVisionConfig
 from .configuration.configuration_llava_style import LlavaStyleConfig
+from .configuration.configuration_ssm_vision import SSMVisionConfig
 from .modeling.connectors import load_connector, save_connector
 from .modeling.modeling_hidden_state_backbone import HiddenStateBackbone
 from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration, LlavaStyleModel

@@ -30,8 +30,8 @@ def selective_scan_2d(
 ) -> Tensor:
     """Scan a map by rows, by columns and along both reversed orders, and sum the four results at each position.
 
-    The state is kept in float32 (float64 where `x` is float64) whatever the dtype of the inputs. Projections that depend
-    on the position stay in map order: the op does the reordering.
+    The state is kept in float32 (float64 where `x` is float64) whatever the dtype of the inputs. Projections that
+    depend on the position stay in map order: the op does the reordering.
 
     Args:
         x: input map, [B, H, W, E].
