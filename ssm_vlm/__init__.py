@@ -6,18 +6,23 @@ Importing this package registers every model with the Transformers Auto classes 
 from transformers import (
     AutoBackbone,
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoProcessor,
 )
 
 from .configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from .configuration.configuration_llava_style import LlavaStyleConfig
 from .configuration.configuration_ssm_vision import SSMVisionConfig
 from .modeling.connectors import load_connector, save_connector
+from .modeling.geometry import Geometry, make_geometry
+from .modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from .modeling.modeling_hidden_state_backbone import HiddenStateBackbone
 from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration, LlavaStyleModel
 from .modeling.modeling_ssm_vision import SSMVisionBackbone, SSMVisionForImageClassification, SSMVisionModel
+from .modeling.processing_llava_style import LlavaStyleProcessor
 from .modeling.token_grid import encoder_downsampling, grid_size, num_image_tokens
 
 __version__ = "0.1.0"
@@ -27,17 +32,26 @@ AutoBackbone.register(HiddenStateBackboneConfig, HiddenStateBackbone, exist_ok=T
 AutoConfig.register("llava_style", LlavaStyleConfig, exist_ok=True)
 AutoModel.register(LlavaStyleConfig, LlavaStyleModel, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaStyleConfig, LlavaStyleForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(
+    LlavaStyleConfig,
+    image_processor_classes={"pil": LlavaStyleImageProcessor, "torchvision": LlavaStyleImageProcessor},
+    exist_ok=True,
+)
+AutoProcessor.register(LlavaStyleConfig, LlavaStyleProcessor, exist_ok=True)
 AutoConfig.register("ssm_vision", SSMVisionConfig, exist_ok=True)
 AutoModel.register(SSMVisionConfig, SSMVisionModel, exist_ok=True)
 AutoBackbone.register(SSMVisionConfig, SSMVisionBackbone, exist_ok=True)
 AutoModelForImageClassification.register(SSMVisionConfig, SSMVisionForImageClassification, exist_ok=True)
 
 __all__ = [
+    "Geometry",
     "HiddenStateBackbone",
     "HiddenStateBackboneConfig",
     "LlavaStyleConfig",
     "LlavaStyleForConditionalGeneration",
+    "LlavaStyleImageProcessor",
     "LlavaStyleModel",
+    "LlavaStyleProcessor",
     "SSMVisionBackbone",
     "SSMVisionConfig",
     "SSMVisionForImageClassification",
@@ -45,6 +59,7 @@ __all__ = [
     "encoder_downsampling",
     "grid_size",
     "load_connector",
+    "make_geometry",
     "num_image_tokens",
     "save_connector",
 ]
