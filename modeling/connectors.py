@@ -94,7 +94,7 @@ class Connector(nn.Module):
 
 def _description(model) -> tuple[Connector, dict]:
     """The connector of a LLaVA-style model and what has to agree before other weights may take its place."""
-    connector = getattr(model, "connector", None) or model.model.connector
+    connector = model.connector
     return connector, {
         "connector": connector.name,
         "in_features": connector.in_features,

@@ -1,7 +1,7 @@
 """The LLaVA-style vision-language model: encoder -> tap norm -> connector -> language model.
 
-Layout of the weights: `model.vision_tower` (any Transformers Backbone), `model.connector`, `model.language_model` (any
-causal language model, whole, so that its own head, logit scaling and weight tying hold).
+Layout of the weights, the same in both classes: `vision_tower` (any Transformers Backbone), `connector`,
+`language_model` (any causal language model, whole, so that its own head, logit scaling and weight tying hold).
 """
 
 import copy
@@ -81,7 +81,6 @@ def check_image_tokens(tokens_per_row: list[int], tokens_per_image: list[int]) -
 
 class LlavaStylePreTrainedModel(PreTrainedModel):
     config: LlavaStyleConfig
-    base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
@@ -149,6 +148,12 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
             self.vision_tower.requires_grad_(False)
             self.vision_tower.train(mode and self.config.vision_train_mode)
         return self
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
 
     def _crop_groups(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> dict[tuple, list[int]]:
         """Indices of the images of each canvas size (height, width), in pixels."""
@@ -267,7 +272,9 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         learning = self.training and torch.is_grad_enabled()
         dummy_calls, dummy_project = 0, False
         if is_sharded(self):
-            wanted = torch.tensor([tower_calls, int(have_images or learning)], device=self.connector.layers[0].weight.device)
+            wanted = torch.tensor(
+                [tower_calls, int(have_images or learning)], device=self.connector.layers[0].weight.device
+            )
             dist.all_reduce(wanted, dist.ReduceOp.MAX)
             most_calls, someone_projects = wanted.tolist()
             dummy_calls, dummy_project = most_calls - tower_calls, bool(someone_projects) and not have_images
@@ -379,7 +386,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         )
 
 
-class LlavaStyleForConditionalGeneration(LlavaStylePreTrainedModel, GenerationMixin):
+class LlavaStyleForConditionalGeneration(LlavaStyleModel, GenerationMixin):
     """Answers text about images with text. Arguments as in `LlavaStyleModel`."""
 
     def __init__(
@@ -388,10 +395,8 @@ class LlavaStyleForConditionalGeneration(LlavaStylePreTrainedModel, GenerationMi
         vision_tower: PreTrainedModel | None = None,
         language_model: PreTrainedModel | None = None,
     ):
-        super().__init__(config)
-        self.model = LlavaStyleModel(config, vision_tower, language_model)
+        super().__init__(config, vision_tower, language_model)
         self._never_generate_image_tokens()
-        self.post_init()
 
     @classmethod
     def from_parts(cls, vision_backbone: PreTrainedModel, language_model: PreTrainedModel, **config_fields):
@@ -412,7 +417,7 @@ class LlavaStyleForConditionalGeneration(LlavaStylePreTrainedModel, GenerationMi
             for module in part.modules():
                 module._is_hf_initialized = True
         model = cls(config, vision_backbone, language_model)
-        model.model.connector.to(language_model.device, language_model.dtype)
+        model.connector.to(language_model.device, language_model.dtype)
         if language_model.can_generate():
             model.generation_config = copy.deepcopy(language_model.generation_config)
             model._never_generate_image_tokens()
@@ -425,23 +430,13 @@ class LlavaStyleForConditionalGeneration(LlavaStylePreTrainedModel, GenerationMi
         if token is not None and token not in suppressed:
             self.generation_config.suppress_tokens = [*suppressed, token]
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.model.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.language_model.set_output_embeddings(new_embeddings)
-
-    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
-        """See `LlavaStyleModel.get_image_features`."""
-        return self.model.get_image_features(*args, **kwargs)
-
     @torch.no_grad()
     def generate(self, *args, image_features: Sequence[torch.Tensor] | torch.Tensor | None = None, **kwargs):
         """`GenerationMixin.generate`, which also takes `image_features` (cached tap features) in place of pixels."""
         if image_features is not None:
             if kwargs.get("pixel_values") is not None:
                 raise ValueError("Give either pixel_values or image_features (cached tap features), not both.")
-            kwargs["mm_encoder_outputs"] = {"image": self.model.get_image_features(image_features=image_features)}
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(image_features=image_features)}
         return super().generate(*args, **kwargs)
 
     @can_return_tuple
@@ -478,16 +473,18 @@ class LlavaStyleForConditionalGeneration(LlavaStylePreTrainedModel, GenerationMi
         """
         loss_kwargs = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
         if labels is not None and loss_kwargs["num_items_in_batch"] is None and not (labels[:, 1:] != -100).any():
-            raise ValueError("labels are -100 everywhere after the first position: this batch has nothing to learn from.")
-        inputs_embeds, image_hidden_states = self.model.embed_inputs(
+            raise ValueError(
+                "labels are -100 everywhere after the first position: this batch has nothing to learn from."
+            )
+        inputs_embeds, image_hidden_states = self.embed_inputs(
             input_ids, inputs_embeds, pixel_values, image_sizes, image_features, mm_encoder_outputs, past_key_values
         )
-        takes = self.model._language_model_takes
+        takes = self._language_model_takes
         if takes["position_ids"]:
             kwargs["position_ids"] = position_ids
         if takes["logits_to_keep"]:
             kwargs["logits_to_keep"] = logits_to_keep
-        outputs = self.model.language_model(
+        outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
         loss = None
