@@ -91,6 +91,13 @@ def test_batches_have_like_lengths_and_are_shuffled():
     assert abs(np.flatnonzero(text).mean() / len(text) - 0.5) < 0.15
 
 
+def test_samples_of_a_batch_change_from_epoch_to_epoch():
+    sampler = ModalityLengthGroupedSampler(np.ones(64), np.ones(64, dtype=bool), 8)
+    batches = [set(batch) for batch in cut(list(sampler), 8)]
+    sampler.set_epoch(1)
+    assert max(len(old & set(new)) for old in batches for new in cut(list(sampler), 8)) < 8
+
+
 def test_number_of_steps_of_mix665k():
     """Paper: 4,880 batches with images and 318 of text at batch 128."""
     is_multimodal = np.arange(665_298) >= 40_688
@@ -147,8 +154,9 @@ class SampledTrainer(Trainer):
 def test_a_resumed_trainer_sees_the_same_order(tmp_path):
     def trainer(model, folder):
         arguments = TrainingArguments(
-            output_dir=str(tmp_path / folder), num_train_epochs=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            save_steps=4, report_to=[], disable_tqdm=True, use_cpu=True, logging_strategy="no", save_only_model=False,
+            output_dir=str(tmp_path / folder), num_train_epochs=3, save_steps=4,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            report_to=[], disable_tqdm=True, use_cpu=True, logging_strategy="no", save_only_model=False,
         )  # fmt: skip
         return SampledTrainer(model, arguments, train_dataset=Numbers())
 
