@@ -16,6 +16,7 @@ from transformers import (
 from .configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from .configuration.configuration_llava_style import LlavaStyleConfig
 from .configuration.configuration_ssm_vision import SSMVisionConfig
+from .configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
 from .modeling.connectors import load_connector, save_connector
 from .modeling.geometry import Geometry, make_geometry
 from .modeling.image_processing_llava_style import LlavaStyleImageProcessor
@@ -44,6 +45,7 @@ AutoBackbone.register(SSMVisionConfig, SSMVisionBackbone, exist_ok=True)
 AutoModelForImageClassification.register(SSMVisionConfig, SSMVisionForImageClassification, exist_ok=True)
 
 __all__ = [
+    "ENCODERS",
     "Geometry",
     "HiddenStateBackbone",
     "HiddenStateBackboneConfig",
@@ -52,11 +54,13 @@ __all__ = [
     "LlavaStyleImageProcessor",
     "LlavaStyleModel",
     "LlavaStyleProcessor",
+    "NamedEncoder",
     "SSMVisionBackbone",
     "SSMVisionConfig",
     "SSMVisionForImageClassification",
     "SSMVisionModel",
     "encoder_downsampling",
+    "get_named_encoder",
     "grid_size",
     "load_connector",
     "make_geometry",
