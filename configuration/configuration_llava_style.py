@@ -31,7 +31,7 @@ class LlavaStyleConfig(PreTrainedConfig):
     model_type = "llava_style"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states"]
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "vision_config": SubConfigSpec(AutoConfig, model_type="dinov2"),
+        "vision_config": SubConfigSpec(AutoConfig, model_type="ssm_vision"),
         "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
     }
 
@@ -51,7 +51,7 @@ class LlavaStyleConfig(PreTrainedConfig):
         if not hasattr(self.vision_config, "out_features"):
             raise ValueError(
                 f"vision_config is a '{self.vision_config.model_type}' config, which is not a Backbone config: "
-                "give a Backbone (ssm_vision, swin, convnext, dinov2, ...), or wrap a model that only has hidden states "
-                "with HiddenStateBackboneConfig(vision_config=...)."
+                "give a Backbone (ssm_vision, swin, convnext, dinov2, ...), or wrap a model that only has hidden "
+                "states with HiddenStateBackboneConfig(vision_config=...)."
             )
         self.tie_word_embeddings = bool(getattr(self.text_config.get_text_config(), "tie_word_embeddings", False))

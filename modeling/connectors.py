@@ -23,30 +23,42 @@ CONNECTORS: dict[str, Callable[[int, int], tuple[int, ...]]] = {
 
 
 class ConnectorLinear(nn.Linear):
-    """A linear layer that draws PyTorch's default `nn.Linear` distribution from a generator of its own."""
+    """Layer `index` of a connector, which draws PyTorch's default `nn.Linear` distribution from the connector's seed.
 
-    def __init__(self, in_features: int, out_features: int, generator: torch.Generator):
-        self._generator = generator
-        super().__init__(in_features, out_features)
-        del self._generator
+    All layers of a connector share one stream of random numbers, in order, as if they had been made one after the
+    other behind `torch.manual_seed(seed)`. A layer replays the stream up to its own place, so that it can be filled
+    alone when Transformers loads a checkpoint without it.
+
+    Args:
+        widths: Width of the tap and then of each layer's output.
+        index: Place of this layer.
+        seed: Seed of the stream.
+    """
+
+    def __init__(self, widths: tuple[int, ...], index: int, seed: int):
+        self.widths, self.index, self.seed = widths, index, seed
+        super().__init__(widths[index], widths[index + 1])
+        # Transformers leaves a module with this flag alone; on the meta device there is something left to fill
+        self._is_hf_initialized = not self.weight.is_meta
 
     def reset_parameters(self) -> None:
-        """Called by `nn.Linear.__init__`; on the meta device there is nothing to fill yet."""
+        """Called by `nn.Linear.__init__`, which would else draw from the global random state."""
         if not self.weight.is_meta:
             with torch.no_grad():
-                for parameter, value in zip((self.weight, self.bias), self.draw(self._generator), strict=True):
+                for parameter, value in zip((self.weight, self.bias), self.draw(), strict=True):
                     parameter.copy_(value)
 
-    def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fresh weight [out, in] and bias [out] in float32 on the CPU, the same on every device and dtype."""
-        # kaiming_uniform with a = sqrt(5), in the very arithmetic of torch.nn.init, so that values agree bit for bit
-        gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
-        bound = math.sqrt(3.0) * (gain / math.sqrt(self.in_features))
-        weight = torch.empty(self.out_features, self.in_features, dtype=torch.float32, device="cpu")
-        weight.uniform_(-bound, bound, generator=generator)
-        bound = 1 / math.sqrt(self.in_features)
-        bias = torch.empty(self.out_features, dtype=torch.float32, device="cpu")
-        bias.uniform_(-bound, bound, generator=generator)
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Initial weight [out, in] and bias [out] in float32 on the CPU, the same for every device and dtype."""
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))  # in the arithmetic of torch.nn.init, to agree bit for bit
+        for fan_in, fan_out in zip(self.widths[: self.index + 1], self.widths[1 : self.index + 2], strict=True):
+            weight = torch.empty(fan_out, fan_in, dtype=torch.float32, device="cpu")
+            bias = torch.empty(fan_out, dtype=torch.float32, device="cpu")
+            bound = math.sqrt(3.0) * (gain / math.sqrt(fan_in))
+            weight.uniform_(-bound, bound, generator=generator)
+            bound = 1 / math.sqrt(fan_in)
+            bias.uniform_(-bound, bound, generator=generator)
         return weight, bias
 
 
@@ -59,7 +71,7 @@ class Connector(nn.Module):
         name: Key of `CONNECTORS`.
         in_features: Width of the tap.
         out_features: Width of the language model.
-        seed: Seed of the generator; None means `in_features`, the rule of the paper's code.
+        seed: Seed of the initial weights; None means `in_features`, the rule of the paper's code.
 
     Raises:
         ValueError: The name is not in `CONNECTORS`.
@@ -68,22 +80,13 @@ class Connector(nn.Module):
     def __init__(self, name: str, in_features: int, out_features: int, seed: int | None = None):
         super().__init__()
         if name not in CONNECTORS:
-            raise ValueError(f"connector='{name}' is not known: choose one of {', '.join(CONNECTORS)}.")
+            raise ValueError(f"connector={name!r} is not known: choose one of {', '.join(CONNECTORS)}.")
         self.name = name
         self.in_features = in_features
         self.out_features = out_features
-        self.seed = in_features if seed is None else seed
         widths = (in_features, *CONNECTORS[name](in_features, out_features))
-        generator = self.generator()
-        self.layers = nn.ModuleList(
-            ConnectorLinear(i, o, generator) for i, o in zip(widths[:-1], widths[1:], strict=True)
-        )
-        # Transformers skips modules with this flag when it initialises; under the meta device it has to come back to us
-        self._is_hf_initialized = not self.layers[0].weight.is_meta
-
-    def generator(self) -> torch.Generator:
-        """A generator at the start of this connector's stream; draw the layers from it in order."""
-        return torch.Generator(device="cpu").manual_seed(self.seed)
+        seed = in_features if seed is None else seed
+        self.layers = nn.ModuleList(ConnectorLinear(widths, index, seed) for index in range(len(widths) - 1))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         hidden = self.layers[0](features)  # [..., width of layer 0]

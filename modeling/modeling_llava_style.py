@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from torch import distributed as dist
 from torch import nn
 from transformers import AutoBackbone, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -21,62 +20,18 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_llava_style import LlavaStyleConfig
 from .connectors import Connector, ConnectorLinear
+from .image_batches import check_image_tokens, check_tap_features, group_by_size
+from .rank_balance import dummy_picture, extra_work
 
 logger = logging.get_logger(__name__)
 
 
 def parameter_free_layer_norm(features: torch.Tensor) -> torch.Tensor:
-    """LayerNorm over the last axis with scale 1, shift 0 and eps 1e-5, computed in float32: VMamba's untrained outnorm."""
+    """LayerNorm over the last axis, scale 1, shift 0, eps 1e-5, in float32: the norm the paper puts on VMamba's tap."""
     return nn.functional.layer_norm(features.float(), features.shape[-1:]).to(features.dtype)
 
 
 TAP_NORMS = {"none": lambda features: features, "layernorm": parameter_free_layer_norm}
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters of `module` are spread over ranks (ZeRO-3, FSDP), so that every rank must call it alike."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-
-    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in module.parameters()) or any(
-        isinstance(m, FullyShardedDataParallel) for m in module.modules()
-    )
-
-
-def dummy_picture_size(vision_config) -> tuple[int, int]:
-    """Height and width of a picture that the encoder surely takes, in pixels."""
-    nested = getattr(vision_config, "vision_config", vision_config)
-    size = getattr(vision_config, "image_size", None) or getattr(nested, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
-def check_image_tokens(tokens_per_row: list[int], tokens_per_image: list[int]) -> None:
-    """Every row of the batch must hold exactly the image tokens of its own images, in order.
-
-    Raises:
-        ValueError: With both counts, and what would be right.
-    """
-    found, given = sum(tokens_per_row), sum(tokens_per_image)
-    what = f"{len(tokens_per_image)} image(s) give {given} features ({tokens_per_image} per image)"
-    if found != given:
-        raise ValueError(
-            f"input_ids hold {found} image tokens ({tokens_per_row} per row) but the {what}: each image needs as many "
-            "image tokens as it has features, num_image_tokens(height, width) of its canvas; was a prompt cut short or "
-            "its <image> placeholder not expanded?"
-        )
-    ends, total = {0}, 0
-    for count in tokens_per_image:
-        total += count
-        ends.add(total)
-    total = 0
-    for row, count in enumerate(tokens_per_row):
-        total += count
-        if total not in ends:
-            raise ValueError(
-                f"Row {row} of input_ids holds {count} image tokens ({tokens_per_row} per row), which is no whole number "
-                f"of images: the {what}, and each row needs all the tokens of its own images."
-            )
 
 
 class LlavaStylePreTrainedModel(PreTrainedModel):
@@ -91,13 +46,11 @@ class LlavaStylePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Connector):
-            generator = module.generator()
-            for layer in module.layers:
-                for parameter, value in zip((layer.weight, layer.bias), layer.draw(generator), strict=True):
-                    init.copy_(parameter, value)
-        elif not isinstance(module, ConnectorLinear):  # filled by its Connector, which knows the order of the draws
+        if not isinstance(module, ConnectorLinear):
             super()._init_weights(module)
+            return
+        for parameter, value in zip((module.weight, module.bias), module.draw(), strict=True):
+            init.copy_(parameter, value)
 
 
 class LlavaStyleModel(LlavaStylePreTrainedModel):
@@ -126,8 +79,8 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         for needed in ("inputs_embeds", "past_key_values"):
             if needed not in accepted:
                 raise ValueError(
-                    f"{type(language_model).__name__} takes no {needed} and cannot be the language model here: choose a "
-                    "decoder-only transformer such as Llama, Qwen2 or Mistral."
+                    f"{type(language_model).__name__} takes no {needed} and cannot be the language model here: choose "
+                    "a decoder-only transformer such as Llama, Qwen2 or Mistral."
                 )
         text_width = language_model.get_input_embeddings().embedding_dim
         self.connector = Connector(config.connector, self.vision_tower.channels[-1], text_width, config.connector_seed)
@@ -155,32 +108,6 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def _crop_groups(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> dict[tuple, list[int]]:
-        """Indices of the images of each canvas size (height, width), in pixels."""
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values has shape {list(pixel_values.shape)}: it must be [number of images, channels, height, "
-                "width], all images of the batch in one row."
-            )
-        count, _, height, width = pixel_values.shape
-        if image_sizes is None:
-            return {(height, width): list(range(count))}
-        sizes = torch.as_tensor(image_sizes).tolist()
-        if len(sizes) != count or any(len(size) != 2 for size in sizes):
-            raise ValueError(
-                f"image_sizes has {len(sizes)} rows for {count} image(s) in pixel_values: it must be [{count}, 2], the "
-                "height and width of each canvas before batch padding."
-            )
-        groups: dict[tuple, list[int]] = {}
-        for index, (h, w) in enumerate(sizes):
-            if not (0 < h <= height and 0 < w <= width):
-                raise ValueError(
-                    f"image_sizes[{index}] is {h}x{w} but pixel_values is {height}x{width}: a canvas has at least one "
-                    "pixel and fits the batch."
-                )
-            groups.setdefault((h, w), []).append(index)
-        return groups
-
     def _run_tower(self, pixels: torch.Tensor) -> torch.Tensor:
         """Tap features [n, N, C] in row-major order of pixels [n, 3, H, W]."""
         pixels = pixels.to(self.vision_tower.device, self.vision_tower.dtype)
@@ -202,18 +129,26 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
             n tensors [N_i, C], rows of the grid one after the other.
         """
         features: list[torch.Tensor | None] = [None] * len(pixel_values)
-        for (height, width), indices in self._crop_groups(pixel_values, image_sizes).items():
+        for (height, width), indices in group_by_size(pixel_values, image_sizes).items():
             whole = len(indices) == len(pixel_values) and (height, width) == tuple(pixel_values.shape[-2:])
             pixels = pixel_values if whole else pixel_values[indices, :, :height, :width]
             for index, tokens in zip(indices, self._run_tower(pixels), strict=True):
                 features[index] = tokens
         return features
 
+    def _tap_features(self, pixel_values, image_sizes, image_features) -> list[torch.Tensor]:
+        """Tap features from pixels or from the cache, one of which must be given."""
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("Give either pixel_values or image_features (cached tap features), not both or neither.")
+        if pixel_values is not None:
+            return self.get_tap_features(pixel_values, image_sizes)
+        return check_tap_features(image_features, self.connector.in_features)
+
     def project(self, tap_features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Tap norm and connector on n tensors [N_i, C], giving n tensors [N_i, D]."""
         lengths = [len(features) for features in tap_features]
         weight = self.connector.layers[0].weight
-        tokens = torch.cat(list(tap_features)).to(weight.device)  # [sum N_i, C]
+        tokens = torch.cat([features.to(weight.device) for features in tap_features])  # [sum N_i, C]
         tokens = TAP_NORMS[self.config.tap_norm](tokens).to(weight.dtype)
         return list(self.connector(tokens).split(lengths))
 
@@ -234,70 +169,34 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         Returns:
             `pooler_output`: n tensors [N_i, D], one for each image.
         """
-        if (pixel_values is None) == (image_features is None):
-            raise ValueError("Give either pixel_values or image_features (cached tap features), not both or neither.")
-        if image_features is None:
-            tap_features = self.get_tap_features(pixel_values, image_sizes)
-        else:
-            tap_features = self._check_cached(image_features)
+        tap_features = self._tap_features(pixel_values, image_sizes, image_features)
         return BaseModelOutputWithPooling(pooler_output=self.project(tap_features))
 
-    def _check_cached(self, image_features: Sequence[torch.Tensor] | torch.Tensor) -> list[torch.Tensor]:
-        width = self.connector.in_features
-        features = list(image_features)
-        for index, tokens in enumerate(features):
-            if tokens.ndim != 2 or tokens.shape[-1] != width:
-                raise ValueError(
-                    f"image_features[{index}] has shape {list(tokens.shape)}: cached tap features are [tokens, {width}] "
-                    "for each image, before the connector."
-                )
-        return features
-
     def _features_and_zero(
-        self, pixel_values, image_sizes, image_features
+        self,
+        pixel_values: torch.Tensor | None,
+        image_sizes: torch.Tensor | None,
+        image_features: Sequence[torch.Tensor] | torch.Tensor | None,
     ) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
-        """Image features of this rank, and a zero that keeps a rank without images in step with the others.
-
-        Under DistributedDataParallel every trainable parameter must get a gradient on every rank, and under ZeRO-3 or
-        FSDP every rank must call a sharded module equally often. So a rank that has less to do runs a dummy picture
-        and adds zero times its features to the text: the gradients come out as zeros, not as nothing.
-        """
+        """Features [N_i, D] of this rank's images, and a zero that ties dummy work for other ranks to the text."""
         have_images = pixel_values is not None or image_features is not None
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            if not have_images:
-                return None, None
-            return self.get_image_features(pixel_values, image_sizes, image_features).pooler_output, None
-
-        tower_calls = len(self._crop_groups(pixel_values, image_sizes)) if pixel_values is not None else 0
-        learning = self.training and torch.is_grad_enabled()
-        dummy_calls, dummy_project = 0, False
-        if is_sharded(self):
-            wanted = torch.tensor(
-                [tower_calls, int(have_images or learning)], device=self.connector.layers[0].weight.device
-            )
-            dist.all_reduce(wanted, dist.ReduceOp.MAX)
-            most_calls, someone_projects = wanted.tolist()
-            dummy_calls, dummy_project = most_calls - tower_calls, bool(someone_projects) and not have_images
-        elif learning:
-            dummy_project = not have_images
-            dummy_calls = int(tower_calls == 0 and any(p.requires_grad for p in self.vision_tower.parameters()))
-
-        if have_images and pixel_values is not None:
-            tap_features = self.get_tap_features(pixel_values, image_sizes)
-        else:
-            tap_features = self._check_cached(image_features) if have_images else []
+        extra = extra_work(
+            self.vision_tower,
+            self.connector,
+            tower_calls=0 if pixel_values is None else len(group_by_size(pixel_values, image_sizes)),
+            have_images=have_images,
+            learning=self.training and torch.is_grad_enabled(),
+        )
+        tap_features = self._tap_features(pixel_values, image_sizes, image_features) if have_images else []
         images = len(tap_features)
-        for _ in range(dummy_calls):
-            height, width = dummy_picture_size(self.config.vision_config)
-            channels = getattr(self.vision_tower.config, "num_channels", 3)
-            tap_features.append(self._run_tower(torch.zeros(1, channels, height, width))[0])
-        if dummy_project and dummy_calls == 0:
-            weight = self.connector.layers[0].weight
-            tap_features.append(torch.zeros(1, self.connector.in_features, device=weight.device, dtype=weight.dtype))
+        for _ in range(extra.tower_calls):
+            tap_features.append(self._run_tower(dummy_picture(self.config.vision_config))[0])
+        if extra.project and extra.tower_calls == 0:
+            tap_features.append(torch.zeros(1, self.connector.in_features))
         if not tap_features:
             return None, None
-        projected = self.project(tap_features)
-        zero = sum((features[:0].sum() for features in projected[images:]), start=projected[0][:0].sum())
+        projected = self.project(tap_features)  # one call of the connector, as on every other rank
+        zero = sum(features[:0].sum() for features in projected[images:]) if len(projected) > images else None
         return (projected[:images] if have_images else None), zero
 
     def embed_inputs(
@@ -310,7 +209,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         past_key_values: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings [B, L, D] with image features where the image tokens stand, and the features [sum N_i, D] or None."""
+        """Embeddings [B, L, D] with image features in place of image tokens, and those features [sum N_i, D] or None."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         encoded = (mm_encoder_outputs or {}).get("image")
@@ -469,7 +368,7 @@ class LlavaStyleForConditionalGeneration(LlavaStyleModel, GenerationMixin):
             kwargs: For the language model and, `num_items_in_batch`, for the loss.
 
         Raises:
-            ValueError: Image tokens and features do not match, labels with nothing to learn from, or images given twice.
+            ValueError: Image tokens and features do not match, labels hold nothing to learn, or images are given twice.
         """
         loss_kwargs = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
         if labels is not None and loss_kwargs["num_items_in_batch"] is None and not (labels[:, 1:] != -100).any():
