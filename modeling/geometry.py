@@ -206,9 +206,12 @@ def _resize_crop(
 ) -> tuple:
     crop_pct = crop_pct or 1.0
     cover_height, cover_width = round(canvas_height / crop_pct), round(canvas_width / crop_pct)
-    scale = max(cover_height / height, cover_width / width)
-    content_height = max(cover_height, int(height * scale))
-    content_width = max(cover_width, int(width * scale))
+    # the side that needs the larger scale fits exactly, the other is rounded down (as torchvision's Resize does)
+    content_height, content_width = cover_height, cover_width
+    if cover_height * width >= cover_width * height:
+        content_width = int(cover_height * width / height)
+    else:
+        content_height = int(cover_width * height / width)
     top, left = round((content_height - canvas_height) / 2), round((content_width - canvas_width) / 2)
     return canvas_height, canvas_width, content_height / height, content_width / width, -float(top), -float(left)
 

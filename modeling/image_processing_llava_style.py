@@ -6,6 +6,7 @@ pixels whether or not torchvision is installed.
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from io import BytesIO
 from typing import Any
 
@@ -20,8 +21,8 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .geometry import Geometry, make_geometry, square_side
 
-_TRANSPARENT_BACKGROUND = (255, 255, 255)
-_SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
+_TRANSPARENT_BACKGROUND = (255, 255, 255, 255)
+_HIGH_DEPTH_MODES = {"I;16", "I;16L", "I;16B", "I;16N", "I", "F"}
 _REMOTE = ("http://", "https://", "data:image/")
 
 
@@ -55,44 +56,40 @@ def load_image(source: Any, input_data_format: str | ChannelDimension | None = N
     """
     if isinstance(source, np.ndarray | torch.Tensor):
         return _array_to_rgb(source, input_data_format)
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "the given picture")
     if isinstance(source, str) and source.startswith(_REMOTE):
         return load_remote_image(source)
-    if isinstance(source, bytes | bytearray):
-        return _decode(BytesIO(source), "the given bytes")
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, Image.Image):
+        what, opened = "the given picture", nullcontext(source)
+    elif isinstance(source, bytes | bytearray):
+        what, opened = "the given bytes", None
+        source = BytesIO(source)
+    elif isinstance(source, str | os.PathLike):
+        what, opened = f"the image file {os.fspath(source)!r}", None
         if not os.path.isfile(source):
             raise FileNotFoundError(f"There is no image file {os.fspath(source)!r}.")
-        return _decode(source, f"the image file {os.fspath(source)!r}")
-    raise TypeError(
-        f"A picture must be a path, URL, bytes, PIL picture, numpy array or torch tensor, got {type(source).__name__}."
-    )
-
-
-def _decode(file: Any, what: str) -> Image.Image:
+    else:
+        raise TypeError(
+            "A picture must be a path, URL, bytes, PIL picture, numpy array or torch tensor, got "
+            f"{type(source).__name__}."
+        )
     try:
-        with Image.open(file) as image:
-            return _to_rgb(image, what)
+        with opened or Image.open(source) as image:
+            return _to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError(f"Cannot decode {what}: it is not of an image format that Pillow reads.") from None
+    except Exception as error:  # on broken data Pillow's decoders raise OSError, SyntaxError, RuntimeError and others
+        raise ValueError(f"Cannot decode {what}: {str(error).rstrip('.')}.") from error
 
 
-def _to_rgb(image: Image.Image, what: str) -> Image.Image:
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on broken data
-        raise ValueError(f"Cannot decode {what}: {error}.") from error
-    if image.mode == "RGB":
-        return image
-    if image.mode in _SIXTEEN_BIT or image.mode in ("I", "F"):
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _HIGH_DEPTH_MODES:
         return _array_to_rgb(np.asarray(image), None)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, (*_TRANSPARENT_BACKGROUND, 255))
-        return Image.alpha_composite(background, image).convert("RGB")
-    return image.convert("RGB")
+        background = Image.new("RGBA", image.size, _TRANSPARENT_BACKGROUND)
+        image = Image.alpha_composite(background, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _channels_last(array: np.ndarray, data_format: str | ChannelDimension | None, prefer_last: bool) -> np.ndarray:
@@ -136,7 +133,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 def _array_to_rgb(array: Any, data_format: str | ChannelDimension | None) -> Image.Image:
     is_tensor = isinstance(array, torch.Tensor)
     if is_tensor:
-        array = array.detach().cpu().numpy()
+        array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
     if array.size == 0:
         raise ValueError(f"An array with shape {array.shape} is not a picture: it has no pixels.")
     array = _to_uint8(_channels_last(array, data_format, prefer_last=not is_tensor))
@@ -144,7 +141,7 @@ def _array_to_rgb(array: Any, data_format: str | ChannelDimension | None) -> Ima
     if array.shape[2] not in modes:
         raise ValueError(f"A picture must have 1 to 4 channels, got {array.shape[2]}.")
     mode = modes[array.shape[2]]
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(array if mode != "L" else array[:, :, 0]), mode), "the array")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array if mode != "L" else array[:, :, 0]), mode))
 
 
 def _flatten(images: Any) -> Iterator[Any]:

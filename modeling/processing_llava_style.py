@@ -24,7 +24,7 @@ class LlavaStyleProcessor(ProcessorMixin):
 
     skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "geometry"]
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_token: str = "<image>"):
+    def __init__(self, image_processor, tokenizer, chat_template=None, image_token: str = "<image>"):
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if tokenizer.encode(self.image_token, add_special_tokens=False) != [self.image_token_id]:
@@ -33,11 +33,18 @@ class LlavaStyleProcessor(ProcessorMixin):
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': [{self.image_token!r}]}}) and resize the "
                 "model's embeddings."
             )
+        variables = {**tokenizer.special_tokens_map, "image_token": self.image_token}
         chat_template = chat_template or tokenizer.chat_template or VICUNA_TEMPLATE
-        if isinstance(chat_template, str):
-            variables = {**tokenizer.special_tokens_map, "image_token": self.image_token}
+        if isinstance(chat_template, dict):  # several by name
+            chat_template = {**chat_template, "default": with_images(chat_template["default"], **variables)}
+        else:
             chat_template = with_images(chat_template, **variables)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def default_template(self) -> str:
+        """Jinja source of the template that is used where none is asked for by name."""
+        return self.chat_template["default"] if isinstance(self.chat_template, dict) else self.chat_template
 
     @property
     def template_variables(self) -> dict[str, str]:
@@ -48,7 +55,7 @@ class LlavaStyleProcessor(ProcessorMixin):
         """As everywhere in Transformers, but padded on the left where `add_generation_prompt` is set."""
         if kwargs.get("add_generation_prompt"):
             processor_kwargs = {"padding_side": "left", **(processor_kwargs or {})}
-        if "image_token" in self._resolve_chat_template(chat_template):
+        if "image_token" in (chat_template or self.default_template):
             kwargs.setdefault("image_token", self.image_token)
         return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
 

@@ -6,9 +6,11 @@ else by the difference between the prompt up to an answer and the prompt with it
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
+import jinja2
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -50,7 +52,10 @@ def tokenize_conversation(
     where = "A conversation" if sample_id is None else f"Sample {sample_id!r}"
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{where} has no assistant message, so there is nothing to learn from it.")
-    text, spans = _render_with_spans(processor, messages, where)
+    try:
+        text, spans, prompts = _render_with_spans(processor, messages, where)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{where} does not fit the chat template: {error}") from error
 
     sample = {}
     if image_token_counts is None:
@@ -61,10 +66,22 @@ def tokenize_conversation(
             image_token_counts = [processor.count_image_tokens(h, w) for h, w in sample["image_sizes"].tolist()]
 
     bos = processor.tokenizer.bos_token
-    encoded = processor.tokenizer(
-        text, add_special_tokens=not (bos and text.startswith(bos)), return_offsets_mapping=True
+    tokenize = partial(
+        processor.tokenizer,
+        add_special_tokens=not (bos and text.startswith(bos)),
+        return_attention_mask=False,
+        verbose=False,  # no warning about the tokenizer's model_max_length: max_length is the caller's to choose
     )
+    encoded = tokenize(text, return_offsets_mapping=True)
     input_ids = encoded["input_ids"]
+    for prompt in prompts:  # not as one batch: the tokenizer's thread pool costs more than it gains here
+        prompt_ids = tokenize(prompt)["input_ids"]
+        if input_ids[: len(prompt_ids)] != prompt_ids:
+            raise ValueError(
+                f"{where}: the tokenizer cuts the end of the prompt, {prompt[-20:]!r}, differently when an answer "
+                "follows, so training would not match generation; let the template's generation prompt end where a "
+                "token ends (often: without white space)."
+            )
     labels = _labels(input_ids, encoded["offset_mapping"], spans)
     input_ids, labels = _cut_and_expand(
         input_ids, labels, processor.image_token_id, list(image_token_counts or []), max_length, where
@@ -90,37 +107,30 @@ def _check_count(where: str, placeholders: int, images: int) -> None:
         )
 
 
-def _render(processor: Any, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, list[Span]]:
-    """The rendered conversation, and the characters inside generation marks if `return_assistant_tokens_mask`."""
-    (text,), spans = render_jinja_template(
-        [messages], chat_template=processor._resolve_chat_template(None), **processor.template_variables, **kwargs
-    )
-    return text, spans[0] if spans else []
+def _render_with_spans(processor: Any, messages: list[dict[str, Any]], where: str) -> tuple[str, list[Span], list[str]]:
+    """The rendered conversation, the characters of it that the assistant says, and prompts it must start with."""
+    template = processor.default_template
+    render = partial(render_jinja_template, chat_template=template, **processor.template_variables)
+    if _GENERATION_MARK.search(template):
+        (text,), (spans,) = render([messages], return_assistant_tokens_mask=True)
+        return text, spans, []
 
-
-def _render_with_spans(processor: Any, messages: list[dict[str, Any]], where: str) -> tuple[str, list[Span]]:
-    """The rendered conversation, and the characters of it that the assistant says."""
-    if _GENERATION_MARK.search(processor._resolve_chat_template(None)):
-        return _render(processor, messages, return_assistant_tokens_mask=True)
-
-    text, _ = _render(processor, messages)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    (text, *answered), _ = render([messages, *(messages[: index + 1] for index in answers)])
+    prompts, _ = render([messages[:index] for index in answers], add_generation_prompt=True)
     closing = tuple(processor.tokenizer.added_tokens_encoder)
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt, _ = _render(processor, messages[:index], add_generation_prompt=True)
-        answered = text if index + 1 == len(messages) else _render(processor, messages[: index + 1])[0]
-        if not (answered.startswith(prompt) and text.startswith(answered)):
+    for index, prompt, turn in zip(answers, prompts, answered, strict=True):
+        if not (turn.startswith(prompt) and text.startswith(turn)):
             raise ValueError(
                 f"{where}: the chat template does not render message {index} as a continuation of its prompt, so what "
                 "the model says cannot be told apart; put {% generation %} ... {% endgeneration %} around the "
                 "assistant's words in the template."
             )
         # The model stops at the token that closes its turn; white space behind it is the template's, not the model's.
-        stripped = answered.rstrip()
-        spans.append((len(prompt), len(stripped) if stripped.endswith(closing) else len(answered)))
-    return text, spans
+        stripped = turn.rstrip()
+        spans.append((len(prompt), len(stripped) if stripped.endswith(closing) else len(turn)))
+    return text, spans, prompts
 
 
 def _labels(input_ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
