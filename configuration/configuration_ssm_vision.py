@@ -96,7 +96,11 @@ class SSMVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check_stages(self):
         """Stages, mixers and widths agree."""
         stages = len(self.depths)
-        if not 1 <= stages <= 4 or len(self.hidden_sizes) != stages or min(*self.depths, *self.hidden_sizes) < 1:
+        if (
+            not 1 <= stages <= 4
+            or len(self.hidden_sizes) != stages
+            or min([*self.depths, *self.hidden_sizes], default=0) < 1
+        ):
             raise ValueError(
                 "SSMVisionConfig: hidden_sizes and depths must be lists of 1 to 4 positive integers of equal length, "
                 f"got hidden_sizes={self.hidden_sizes} and depths={self.depths}."
