@@ -209,7 +209,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         past_key_values: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings [B, L, D] with image features in place of image tokens, and those features [sum N_i, D] or None."""
+        """Embeddings [B, L, D] with features where the image tokens stand, and those features [sum N_i, D] or None."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         encoded = (mm_encoder_outputs or {}).get("image")
