@@ -1,0 +1,88 @@
+"""What one row of the table of named encoders holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures became pixels when the weights were made; it travels with them.
+
+    Args:
+        height: canvas height in pixels.
+        width: canvas width in pixels.
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+        interpolation: "bicubic", "bilinear" or "nearest".
+        geometry: name of the geometry that lays a picture on the canvas. Classification weights take the letterbox of
+            LLaVA's box labels, as the paper does, not the centre crop of their own evaluation.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    geometry: str = "letterbox"
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where published weights come from and what of them is left behind.
+
+    Args:
+        layout: name of the function that renames the file's keys, see `LAYOUTS` of `encoder_loading`.
+        hub_id: Hugging Face repository that holds them as safetensors.
+        url: a release file, to be downloaded by hand and given to `convert_encoder`.
+        discards: regular expressions of the keys (after renaming) that are declared to be dropped: heads, stages and
+            blocks after the tap. Each must meet at least one key, and no other key may be dropped.
+        neutral: regular expressions of the parameters that the file does not hold and that stay at their neutral
+            start (a norm's scale 1 and shift 0).
+    """
+
+    layout: str
+    hub_id: str | None = None
+    url: str | None = None
+    discards: tuple[str, ...] = ()
+    neutral: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NamedEncoder:
+    """One row of the table.
+
+    Args:
+        name: `variant.tag`.
+        config: builds the Backbone config, tapped.
+        preprocessing: what the weights expect.
+        parameters: number of parameters that the tap depends on.
+        flops: operations for one picture up to the tap (multiply and add are two).
+        licence: SPDX identifier of the weights' licence.
+        weights: where they come from; None for encoders that this project trains.
+        imagenet_top1: percent at 224 pixels of the whole published model, with its head.
+        loaded_from_real_file: whether the published file itself was ever loaded by this code. Where it is False, the
+            conversion is tested on random weights of the reference implementation only.
+    """
+
+    name: str
+    config: Callable[[], PreTrainedConfig]
+    preprocessing: Preprocessing
+    parameters: int
+    flops: int
+    licence: str
+    weights: WeightSource | None = None
+    imagenet_top1: float | None = None
+    loaded_from_real_file: bool = False
+
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+"""Channel statistics of ImageNet; those of the detection and segmentation releases are the same on a 0-255 scale."""
+
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+"""Maps [0, 1] to [-1, 1]."""
+
+IN1K_224 = Preprocessing(224, 224, **IMAGENET)
+
+__all__ = ["HALF", "IMAGENET", "IN1K_224", "NamedEncoder", "Preprocessing", "WeightSource"]
