@@ -52,7 +52,8 @@ def test_a_config_without_backbone_is_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tap_norm": "rmsnorm"}, {"box_frame": "letterbox"}, {"freeze_vision": "yes"}, {"image_token_id": "<image>"}]
+    "wrong",
+    [{"tap_norm": "rmsnorm"}, {"box_frame": "letterbox"}, {"freeze_vision": "yes"}, {"image_token_id": "<image>"}],
 )
 def test_wrong_values_name_the_field(wrong):
     with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(wrong))):
