@@ -43,6 +43,7 @@ def test_leave_one_out(matches, metric):
         ("a,b", "b"),
         ("1,000", "1000"),
         ("1,000 t-shirts", "1000 tshirts"),  # a number with a comma takes every mark away
+        ("t-shirt - red", "tshirt red"),  # so does a mark that touches a space somewhere
         ("black / white", "black white"),
         ("3.5.", "3.5"),
         ("none of TEN", "0 of 10"),
@@ -71,6 +72,11 @@ def test_ten_same_answers_switch_normalisation_off():
     assert vqa_accuracy("Yes.", ["yes"] * 10) == 0
     assert vqa_accuracy("Yes.", ["yes"] * 9 + ["no"]) == 1
     assert textvqa_accuracy("Yes.", ["yes"] * 10) == 1
+
+
+def test_textvqa_takes_genitives_apart():
+    assert textvqa_accuracy("mcdonald 's", ["McDonald's"] * 10) == 1
+    assert vqa_accuracy("mcdonald 's", ["McDonald's"] * 9 + ["kfc"]) == 0
 
 
 @pytest.mark.parametrize("metric", METRICS.values())
