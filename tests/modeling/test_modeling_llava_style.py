@@ -1,114 +1,15 @@
 """The LLaVA-style model over encoders and language models: features, text, freezing, bad input, saving."""
 
 import copy
-import json
 
 import pytest
 import torch
 import transformers
+from llava_style_toys import IMAGE, SIZE, TEXT, VISION, batch, build, learn, padded, pictures, row
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ssm_vlm import LlavaStyleConfig, LlavaStyleForConditionalGeneration, LlavaStyleModel
+from ssm_vlm import LlavaStyleForConditionalGeneration, LlavaStyleModel
 from ssm_vlm.modeling import modeling_llava_style
-
-IMAGE = 40  # image token; the language models below know ids 0 to 39
-SIZE = 16  # pixels per side of the square pictures: every encoder below has stride 8 at its tap, so 4 tokens
-
-VISION = {
-    "ssm_vision": dict(hidden_sizes=[4, 8], depths=[1, 1], drop_path_rate=0.9),
-    "convnext": dict(
-        hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, out_features=["stage2"], image_size=SIZE, drop_path_rate=0.9
-    ),
-    "swin": dict(
-        embed_dim=4, depths=[1, 1], num_heads=[1, 2], window_size=2, out_features=["stage2"], image_size=SIZE
-    ),
-    "resnet": dict(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", out_features=["stage2"]),
-    "dinov2": dict(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=8, image_size=SIZE, out_features=["stage1"]
-    ),
-    "hidden_state_backbone": dict(
-        vision_config=dict(
-            model_type="vit", hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
-            patch_size=8, image_size=SIZE,
-        )
-    ),
-}  # fmt: skip
-TEXT = {
-    "llama": dict(num_key_value_heads=1),
-    "llama-tied": dict(tie_word_embeddings=True),
-    "qwen2": dict(num_key_value_heads=1),
-    "qwen3": dict(num_key_value_heads=1, head_dim=8),
-    "mistral": dict(num_key_value_heads=1),
-    "phi": dict(),
-    "gemma2": dict(num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.05),
-    "granite": dict(logits_scaling=7.0),
-    "gpt_neox": dict(),
-    "gpt2": dict(n_embd=16, n_layer=2, n_head=2, n_positions=64),
-    "opt": dict(ffn_dim=16, word_embed_proj_dim=16),
-    "bloom": dict(n_layer=2, n_head=2),
-    "mixtral": dict(num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1),
-}
-TEXT_COMMON = dict(
-    vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-)  # fmt: skip
-
-
-def vision_config(name: str, **changes):
-    return AutoConfig.for_model(name, **{**VISION[name], **changes})
-
-
-def text_config(name: str, **changes):
-    own = {"gpt2": {"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"}}
-    common = {k: v for k, v in TEXT_COMMON.items() if k not in own.get(name, ())}
-    return AutoConfig.for_model(name.split("-")[0], **{**common, **TEXT[name], **changes})
-
-
-def build(vision="convnext", text="llama", seed=0, **fields) -> LlavaStyleForConditionalGeneration:
-    """A tiny model with weights large enough that outputs really depend on the images."""
-    torch.manual_seed(seed)
-    vision = vision_config(vision) if isinstance(vision, str) else vision
-    text = text_config(text) if isinstance(text, str) else text
-    config = LlavaStyleConfig(vision_config=vision, text_config=text, **{"image_token_id": IMAGE, **fields})
-    model = LlavaStyleForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
-    return model.eval()
-
-
-def row(*parts: int | str) -> list[int]:
-    """Token ids; "image" stands for the four tokens of a 16x16 picture, "wide" for the eight of a 16x32 one."""
-    lengths = {"image": 4, "wide": 8}
-    return [t for part in parts for t in ([IMAGE] * lengths[part] if isinstance(part, str) else [part])]
-
-
-def batch(*rows: list[int], side="right") -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels of rows padded to one length with 0."""
-    longest = max(map(len, rows))
-    pads = [[0] * (longest - len(r)) for r in rows]
-    ids = torch.tensor([r + p if side == "right" else p + r for r, p in zip(rows, pads, strict=True)])
-    mask = torch.tensor(
-        [[1] * len(r) + p if side == "right" else p + [1] * len(r) for r, p in zip(rows, pads, strict=True)]
-    )
-    return dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill((ids == IMAGE) | (mask == 0), -100))
-
-
-def pictures(*sizes: tuple[int, int], seed=0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(3, h, w, generator=generator) for h, w in sizes]
-
-
-def padded(images: list[torch.Tensor], fill=9.0) -> dict[str, torch.Tensor]:
-    """Images in one tensor, padded at the bottom and right with a value that would show if it were ever used."""
-    height, width = max(i.shape[1] for i in images), max(i.shape[2] for i in images)
-    pixels = torch.full((len(images), 3, height, width), fill)
-    for canvas, image in zip(pixels, images, strict=True):
-        canvas[:, : image.shape[1], : image.shape[2]] = image
-    return dict(pixel_values=pixels, image_sizes=torch.tensor([i.shape[1:] for i in images]))
-
 
 # ---------------------------------------------------------------------------------------------- features and text
 
@@ -246,16 +147,6 @@ def test_bfloat16_stays_close_to_float32():
 # ---------------------------------------------------------------------------------------------- frozen means frozen
 
 
-def learn(model, steps=1):
-    model.train()
-    for _ in range(steps):
-        model(
-            pixel_values=torch.stack(pictures((SIZE, SIZE), (SIZE, SIZE))),
-            **batch(row(1, "image", 4), row(1, "image", 5)),
-        ).loss.backward()
-    return model
-
-
 @pytest.mark.parametrize("vision", VISION)
 def test_frozen_encoder_is_inert_in_training(vision):
     model = build(vision)
@@ -316,6 +207,20 @@ def test_a_frozen_tower_inside_a_larger_module_stays_in_eval():
     assert model.training and not model.vision_tower.training
 
 
+def test_activation_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = build("ssm_vision")
+        if checkpointing:
+            model.activation_checkpointing_enable()
+            assert any(getattr(m, "gradient_checkpointing", False) for m in model.language_model.modules())
+        learn(model)
+        gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and any("connector" in k for k in gradients[0])
+    for key, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], value)
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 
@@ -356,27 +261,27 @@ def test_an_image_spread_over_two_rows_is_told():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (dict(pixel_values=torch.zeros(1, 1, 3, 16, 16)), r"pixel_values has shape \[1, 1, 3, 16, 16\]: it must be"),
-        (dict(pixel_values=torch.zeros(3, 16, 16)), r"pixel_values has shape \[3, 16, 16\]"),
+        ({"pixel_values": torch.zeros(1, 1, 3, 16, 16)}, r"pixel_values has shape \[1, 1, 3, 16, 16\]: it must be"),
+        ({"pixel_values": torch.zeros(3, 16, 16)}, r"pixel_values has shape \[3, 16, 16\]"),
         (
-            dict(pixel_values=torch.zeros(1, 3, 16, 16), image_sizes=torch.tensor([[16, 16]] * 2)),
+            {"pixel_values": torch.zeros(1, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * 2)},
             r"image_sizes has shape \[2, 2\] for 1 image\(s\) in pixel_values: it must be \[1, 2\]",
         ),
         (
-            dict(pixel_values=torch.zeros(1, 3, 16, 16), image_sizes=torch.tensor([[16, 17]])),
+            {"pixel_values": torch.zeros(1, 3, 16, 16), "image_sizes": torch.tensor([[16, 17]])},
             r"image_sizes\[0\] is 16x17 but pixel_values is 16x16",
         ),
         (
-            dict(pixel_values=torch.zeros(1, 3, 16, 16), image_sizes=torch.tensor([[0, 16]])),
+            {"pixel_values": torch.zeros(1, 3, 16, 16), "image_sizes": torch.tensor([[0, 16]])},
             r"image_sizes\[0\] is 0x16",
         ),
         (
-            dict(image_features=torch.zeros(1, 4, 7)),
+            {"image_features": torch.zeros(1, 4, 7)},
             r"image_features\[0\] has shape \[4, 7\]: cached tap features are \[tokens, 8\]",
         ),
-        (dict(image_features=torch.zeros(4, 8)), r"image_features\[0\] has shape \[8\]"),
+        ({"image_features": torch.zeros(4, 8)}, r"image_features\[0\] has shape \[8\]"),
         (
-            dict(pixel_values=torch.zeros(1, 3, 16, 16), image_features=torch.zeros(1, 4, 8)),
+            {"pixel_values": torch.zeros(1, 3, 16, 16), "image_features": torch.zeros(1, 4, 8)},
             "either pixel_values or image_features",
         ),
     ],
@@ -389,7 +294,7 @@ def test_wrong_shapes_are_told(images, message):
 
 def test_neither_or_both_kinds_of_text_are_told():
     model = build()
-    for wrong in ({}, dict(input_ids=torch.tensor([[1]]), inputs_embeds=torch.zeros(1, 1, 16))):
+    for wrong in ({}, {"input_ids": torch.tensor([[1]]), "inputs_embeds": torch.zeros(1, 1, 16)}):
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             model(**wrong)
 
@@ -432,138 +337,3 @@ def test_a_recurrent_language_model_is_refused():
     text = transformers.MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1)
     with pytest.raises(ValueError, match="MambaForCausalLM takes no past_key_values and cannot be the language model"):
         build(text=text)
-
-
-# ---------------------------------------------------------------------------------------------- saving and assembling
-
-
-def equal_states(a: nn.Module, b: nn.Module) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.parametrize("text", TEXT)
-def test_every_language_model_survives_a_save(text, tmp_path):
-    model = build("ssm_vision", text)
-    model.save_pretrained(tmp_path)
-    loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is LlavaStyleForConditionalGeneration
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert equal_states(loaded, model)
-    assert loaded.generation_config.suppress_tokens == [IMAGE]
-    inputs = dict(pixel_values=torch.stack(pictures((SIZE, SIZE))), **batch(row(1, "image", 4, 5)))
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    base, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(base) is LlavaStyleModel
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert equal_states(base, model)
-
-
-@pytest.mark.parametrize("vision", VISION)
-def test_every_encoder_survives_a_save(vision, tmp_path):
-    model = build(vision)
-    model.save_pretrained(tmp_path, max_shard_size="4KB")
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert equal_states(loaded, model)
-    pixels = torch.stack(pictures((SIZE, SIZE)))
-    with torch.no_grad():
-        assert torch.equal(loaded.get_tap_features(pixels)[0], model.get_tap_features(pixels)[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_loading_in_another_dtype(tmp_path, dtype):
-    model = build("ssm_vision")
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=dtype)
-    assert loaded.connector.layers[0].weight.dtype == dtype
-    for key, value in loaded.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key].to(value.dtype)), key
-
-
-def test_attention_implementation_may_be_chosen(tmp_path):
-    build("ssm_vision").save_pretrained(tmp_path)
-    for name in ("eager", "sdpa"):
-        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=name)
-        assert loaded.language_model.config._attn_implementation == name
-
-
-def parts(text="llama"):
-    torch.manual_seed(1)
-    vision = transformers.AutoBackbone.from_config(vision_config("ssm_vision")).eval()
-    language = AutoModelForCausalLM.from_config(text_config(text)).eval()
-    return vision, language
-
-
-@pytest.mark.parametrize("text", ["llama", "llama-tied", "gpt2"])
-def test_from_parts_keeps_the_parts(text, tmp_path):
-    vision, language = parts(text)
-    language.generation_config.max_new_tokens = 3
-    expected = copy.deepcopy(vision), copy.deepcopy(language)
-    rng = torch.get_rng_state()
-    model = LlavaStyleForConditionalGeneration.from_parts(
-        vision, language, image_token_id=IMAGE, connector="mlp3", tap_norm="layernorm", connector_seed=4
-    )
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert model.vision_tower is vision and model.language_model is language
-    assert equal_states(model.vision_tower, expected[0]) and equal_states(model.language_model, expected[1])
-    assert model.config.connector == "mlp3" and not model.training
-    assert not any(p.requires_grad for p in model.vision_tower.parameters())
-    assert model.generation_config.max_new_tokens == 3
-    assert model.generation_config.suppress_tokens == [IMAGE]
-    assert expected[1].generation_config.suppress_tokens is None
-    model.save_pretrained(tmp_path)
-    assert equal_states(AutoModelForImageTextToText.from_pretrained(tmp_path), model)
-
-
-def test_from_parts_gives_the_connector_the_language_models_dtype():
-    vision, language = parts()
-    model = LlavaStyleForConditionalGeneration.from_parts(vision, language.to(torch.bfloat16), image_token_id=IMAGE)
-    assert {p.dtype for p in model.connector.parameters()} == {torch.bfloat16}
-    assert model.vision_tower.dtype == torch.float32
-
-
-@pytest.mark.parametrize("text", ["llama", "llama-tied", "gpt2"])
-def test_resizing_the_vocabulary(text, tmp_path):
-    model = build(text=text)
-    tied = model.config.tie_word_embeddings
-    old = model.get_input_embeddings().weight.detach().clone()
-    model.resize_token_embeddings(64)
-    assert model.config.get_text_config().vocab_size == 64
-    assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (64, 16)
-    assert torch.equal(model.get_input_embeddings().weight[:40], old)
-    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
-    assert model(**batch(row(1, 50, 63))).logits.shape[-1] == 64
-    model.save_pretrained(tmp_path)
-    assert equal_states(AutoModelForImageTextToText.from_pretrained(tmp_path), model)
-
-
-def test_tied_weights_are_stored_once(tmp_path):
-    build(text="llama-tied").save_pretrained(tmp_path)
-    from safetensors.torch import load_file
-
-    keys = load_file(tmp_path / "model.safetensors").keys()
-    assert sum("lm_head" in k or "embed_tokens" in k for k in keys) == 1
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
-
-
-def test_activation_checkpointing_gives_the_same_gradients():
-    gradients = []
-    for checkpointing in (False, True):
-        model = build("ssm_vision")
-        if checkpointing:
-            model.activation_checkpointing_enable()
-            assert any(getattr(m, "gradient_checkpointing", False) for m in model.language_model.modules())
-        learn(model)
-        gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and any("connector" in k for k in gradients[0])
-    for key, value in gradients[0].items():
-        torch.testing.assert_close(gradients[1][key], value)
-
-
-def test_saved_config_is_complete(tmp_path):
-    build("ssm_vision").save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["architectures"] == ["LlavaStyleForConditionalGeneration"]
-    assert saved["vision_config"]["model_type"] == "ssm_vision" and saved["text_config"]["model_type"] == "llama"
