@@ -1,9 +1,9 @@
 """The four-direction selective scan in plain torch operations, vectorised over the rows or columns of the map.
 
-Rows (columns) are the chunks of a two-level recurrence: one pass steps through all rows at once and keeps only where each
-row ends, a short loop carries states from row to row, and a second pass steps through all rows from their true start. A
-map of L positions so takes about 3 sqrt(L) vectorised steps instead of L, and nothing is ever reordered or transposed: a
-step reads one column (row) of the map in place, forwards or backwards.
+Rows (columns) are the chunks of a two-level recurrence: one pass steps through all rows at once and keeps only where
+each row ends, a short loop carries states from row to row, and a second pass steps through all rows from their true
+start. A map of L positions so takes about 3 sqrt(L) vectorised steps instead of L, and nothing is ever reordered or
+transposed: a step reads one column (row) of the map in place, forwards or backwards.
 
 Images, directions and channels are independent, so the work is cut into units whose temporaries stay in cache, and the
 states are treated one at a time. The backward pass is written by hand: the adjoint of a linear recurrence is the
@@ -193,7 +193,7 @@ def _step_size_(out: Tensor, low_rank: Tensor, weight: Tensor, bias: Tensor) -> 
 
 
 def _adjoint_total(total: Tensor, first: Tensor, reverse: bool) -> Tensor:
-    """Sum of step sizes that an adjoint chunk runs through: all of its own but the first, and the next chunk's first."""
+    """Sum of the step sizes that an adjoint chunk meets: all of its own but the first, and the next chunk's first."""
     total = total - first
     before, after = (slice(1, None), slice(None, -1)) if reverse else (slice(None, -1), slice(1, None))
     total[:, before] += first[:, after]
