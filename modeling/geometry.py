@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
+_STRIP_PIXELS = 2**24
 _OUTSIDE_TOLERANCE = 1.0  # raw pixels; published boxes are rounded and stick out by up to one pixel
 
 
@@ -140,19 +141,18 @@ def _frame(geometry: Geometry, frame: str) -> tuple[tuple[float, float], tuple[f
 def _paint_by_padding(geometry: Geometry, image: Image.Image, fill: tuple, resample: int) -> Image.Image:
     """Pad the raw picture to a square, then resize: the border is blurred into the picture, as in the reference.
 
-    The filters are separable and leave the plain border alone, so the longer axis is resized before padding: the same
-    pixels, while a picture of 40000 x 3 needs no square of 40000 x 40000.
+    Pillow resizes along x, then along y. Doing the two passes here, the first in strips, gives the same pixels without
+    a square of 40000 x 40000 for a picture of 40000 x 3.
     """
-    wide = image.width >= image.height
-    width, height = geometry.canvas_width, geometry.canvas_height
     side = max(image.size)
-    lead = (side - min(image.size)) // 2
-    image = image.resize((width, image.height) if wide else (image.width, height), resample)
-    if min(geometry.raw_height, geometry.raw_width) < side:
-        padded = Image.new("RGB", (width, side) if wide else (side, height), fill)
-        padded.paste(image, (0, lead) if wide else (lead, 0))
-        image = padded
-    return image.resize((width, height), resample)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    narrow = Image.new("RGB", (geometry.canvas_width, side), fill)
+    strip_height = max(1, _STRIP_PIXELS // side)
+    for y in range(0, image.height, strip_height):
+        strip = Image.new("RGB", (side, min(strip_height, image.height - y)), fill)
+        strip.paste(image.crop((0, y, image.width, y + strip.height)), (left, 0))
+        narrow.paste(strip.resize((geometry.canvas_width, strip.height), resample), (0, top + y))
+    return narrow.resize((geometry.canvas_width, geometry.canvas_height), resample)
 
 
 def _paint_by_pasting(geometry: Geometry, image: Image.Image, fill: tuple, resample: int) -> Image.Image:
@@ -293,9 +293,7 @@ def make_geometry(
     if height is None:
         raise ValueError(f"The geometry {name!r} needs a size: the canvas (height, width) in pixels.")
     if side and (height, width) != (side, side):
-        raise ValueError(
-            f"The geometry {name!r} is {side} x {side} by its name, so size {height} x {width} cannot hold."
-        )
+        raise ValueError(f"The geometry {name!r} is {side} x {side} by name, got size {height} x {width}.")
     if min(height, width, raw_height, raw_width) < 1:
         raise ValueError(
             f"A picture of {raw_height} x {raw_width} on a canvas of {height} x {width} pixels is not possible: every "
