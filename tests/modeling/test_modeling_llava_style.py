@@ -201,6 +201,13 @@ def test_freezing_survives_a_save_and_can_be_lifted_at_loading(tmp_path):
     learn(thawed)
 
 
+def test_a_frozen_encoder_builds_no_graph():
+    """Even where something made its parameters trainable behind the model's back."""
+    model = build().train()
+    model.vision_tower.requires_grad_(True)
+    assert not model.get_tap_features(torch.stack(pictures((SIZE, SIZE))))[0].requires_grad
+
+
 def test_a_frozen_tower_inside_a_larger_module_stays_in_eval():
     model = build()
     nn.Sequential(nn.Identity(), model).train()
