@@ -33,13 +33,13 @@ class WeightSource:
     """Where published weights come from and what of them is left behind.
 
     Args:
-        layout: name of the function that renames the file's keys, see `LAYOUTS` of `encoder_loading`.
+        layout: name in `LAYOUTS` of `encoder_loading`: how the file names its tensors.
         hub_id: Hugging Face repository that holds them as safetensors.
         url: a release file, to be downloaded by hand and given to `convert_encoder`.
-        discards: regular expressions of the keys (after renaming) that are declared to be dropped: heads, stages and
-            blocks after the tap. Each must meet at least one key, and no other key may be dropped.
-        neutral: regular expressions of the parameters that the file does not hold and that stay at their neutral
-            start (a norm's scale 1 and shift 0).
+        discards: regular expressions for the beginnings of the file's own keys that are declared to be dropped:
+            heads, stages and blocks after the tap. Each must meet at least one key; no other key may be dropped.
+        neutral: regular expressions for the beginnings of our keys that the file does not hold and that stay at
+            their neutral start (a norm's scale 1 and shift 0).
     """
 
     layout: str

@@ -53,8 +53,8 @@ def _swin_in1k(
             "swin",
             url=f"{url}swin_{size}_patch4_window7_224.pth",
             discards=(
-                r"swin\.encoder\.layers\.3\.",
-                r"swin\.encoder\.layers\.2\.downsample\.",
+                r"layers\.3\.",
+                r"layers\.2\.downsample\.",
                 r".*\.relative_position_index",
                 r".*\.attn_mask",
                 r"norm\.",
@@ -79,7 +79,7 @@ def _convnext_in1k(
         WeightSource(
             "transformers",
             hub_id=f"facebook/convnext-{size}-224",
-            discards=(r"encoder\.stages\.3\.", r"layernorm\."),
+            discards=(r"encoder\.stages\.3\.", r"layernorm\.", r"classifier\."),
             neutral=(r"hidden_states_norms\.stage3\.",),
         ),
         imagenet_top1=top1,

@@ -39,7 +39,7 @@ def _timm_vit(
         parameters,
         flops,
         "Apache-2.0",
-        WeightSource("timm_vit", hub_id=hub_id, discards=(r"vision_model\.layers\.11\.", r"norm\.", r"head\.")),
+        WeightSource("timm_vit", hub_id=hub_id, discards=(r"blocks\.11\.", r"norm\.", r"head\.")),
         imagenet_top1=top1,
     )
 
@@ -76,11 +76,6 @@ def _dinov2(width: int) -> HiddenStateBackboneConfig:
             hidden_size=width, num_hidden_layers=12, num_attention_heads=width // 64, image_size=518, patch_size=14
         )
     )
-
-
-def _stock_source(hub_id: str, *discards: str) -> WeightSource:
-    """Weights that Transformers loads by itself; the adapter leaves the last block and the final norm behind."""
-    return WeightSource("transformers", hub_id=hub_id, discards=(*discards, r"norm\."))
 
 
 PLAIN_VIT_ENCODERS = [
@@ -136,7 +131,11 @@ PLAIN_VIT_ENCODERS = [
         parameters=290_909_184,
         flops=366_033_858_560,
         licence="MIT",
-        weights=_stock_source("openai/clip-vit-large-patch14-336", r"vision_model\.encoder\.layers\.23\."),
+        weights=WeightSource(
+            "transformers",
+            hub_id="openai/clip-vit-large-patch14-336",
+            discards=(r"encoder\.layers\.23\.", r"post_layernorm\."),
+        ),
     ),
     NamedEncoder(
         "siglip_base_patch16.webli_224",
@@ -145,8 +144,10 @@ PLAIN_VIT_ENCODERS = [
         parameters=78_707_712,
         flops=32_049_217_536,
         licence="Apache-2.0",
-        weights=_stock_source(
-            "google/siglip-base-patch16-224", r"vision_model\.encoder\.layers\.11\.", r"vision_model\.head\."
+        weights=WeightSource(
+            "transformers",
+            hub_id="google/siglip-base-patch16-224",
+            discards=(r"encoder\.layers\.11\.", r"post_layernorm\.", r"head\."),
         ),
     ),
     NamedEncoder(
@@ -156,8 +157,10 @@ PLAIN_VIT_ENCODERS = [
         parameters=397_745_440,
         flops=641_801_428_992,
         licence="Apache-2.0",
-        weights=_stock_source(
-            "google/siglip-so400m-patch14-384", r"vision_model\.encoder\.layers\.26\.", r"vision_model\.head\."
+        weights=WeightSource(
+            "transformers",
+            hub_id="google/siglip-so400m-patch14-384",
+            discards=(r"encoder\.layers\.26\.", r"post_layernorm\.", r"head\."),
         ),
     ),
     NamedEncoder(
@@ -167,8 +170,10 @@ PLAIN_VIT_ENCODERS = [
         parameters=20_280_192,
         flops=11_236_164_096,
         licence="Apache-2.0",
-        weights=_stock_source(
-            "facebook/dinov2-small", r"vision_model\.encoder\.layer\.11\.", r"vision_model\.embeddings\.mask_token"
+        weights=WeightSource(
+            "transformers",
+            hub_id="facebook/dinov2-small",
+            discards=(r"encoder\.layer\.11\.", r"layernorm\.", r"embeddings\.mask_token"),
         ),
     ),
     NamedEncoder(
@@ -178,8 +183,10 @@ PLAIN_VIT_ENCODERS = [
         parameters=79_488_768,
         flops=42_481_517_568,
         licence="Apache-2.0",
-        weights=_stock_source(
-            "facebook/dinov2-base", r"vision_model\.encoder\.layer\.11\.", r"vision_model\.embeddings\.mask_token"
+        weights=WeightSource(
+            "transformers",
+            hub_id="facebook/dinov2-base",
+            discards=(r"encoder\.layer\.11\.", r"layernorm\.", r"embeddings\.mask_token"),
         ),
     ),
 ]

@@ -11,6 +11,7 @@ from .encoder_entry import IMAGENET, IN1K_224, NamedEncoder, Preprocessing, Weig
 _COCO = Preprocessing(800, 1333, **IMAGENET, interpolation="bilinear", geometry="letterbox_corner")
 _ADE20K = Preprocessing(512, 512, **IMAGENET, interpolation="bilinear", geometry="letterbox_corner")
 
+_AFTER_TAP = (r"layers\.3\.", r"layers\.2\.downsample\.")
 _VMAMBA_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
 _VMAMBA_V2 = {  # variant: first width, blocks in stage 3, inner width over width, stochastic depth
     "tiny_s2l5": (96, 5, 2.0, 0.2),
@@ -51,13 +52,14 @@ def _vmamba_in1k(variant: str, file: str, top1: float, parameters: int, flops: i
         parameters,
         flops,
         "MIT",
-        WeightSource("vmamba", url=_VMAMBA_RELEASES + file, discards=(r"stages\.3\.", r"classifier\.")),
+        WeightSource("vmamba", url=_VMAMBA_RELEASES + file, discards=(*_AFTER_TAP, r"(classifier\.)?(norm|head)\.")),
         imagenet_top1=top1,
     )
 
 
 def _vmamba_dense(name: str, preprocessing: Preprocessing, file: str, parameters: int, flops: int) -> NamedEncoder:
     """A detector's or segmenter's encoder: it holds a trained norm for the output of each stage."""
+    heads = (r"neck\.", r"rpn_head\.", r"roi_head\.") if ".coco" in name else (r"decode_head\.", r"auxiliary_head\.")
     variant = name.partition(".")[0]
     return NamedEncoder(
         f"vmamba_{name}",
@@ -69,7 +71,7 @@ def _vmamba_dense(name: str, preprocessing: Preprocessing, file: str, parameters
         WeightSource(
             "vmamba",
             url=_VMAMBA_RELEASES + file,
-            discards=(r"stages\.3\.", r"output_norms\.stage[124]\."),
+            discards=(*_AFTER_TAP, r"outnorm[013]\.", *heads),
         ),
     )
 

@@ -13,13 +13,16 @@ from transformers import (
     AutoProcessor,
 )
 
+from .configuration.configuration_backbone_classifier import BackboneClassifierConfig
 from .configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from .configuration.configuration_llava_style import LlavaStyleConfig
 from .configuration.configuration_ssm_vision import SSMVisionConfig
 from .configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
 from .modeling.connectors import load_connector, save_connector
+from .modeling.encoder_loading import convert_encoder, image_processor_arguments, load_encoder
 from .modeling.geometry import Geometry, make_geometry
 from .modeling.image_processing_llava_style import LlavaStyleImageProcessor
+from .modeling.modeling_backbone_classifier import BackboneForImageClassification
 from .modeling.modeling_hidden_state_backbone import HiddenStateBackbone
 from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration, LlavaStyleModel
 from .modeling.modeling_ssm_vision import SSMVisionBackbone, SSMVisionForImageClassification, SSMVisionModel
@@ -28,6 +31,8 @@ from .modeling.token_grid import encoder_downsampling, grid_size, num_image_toke
 
 __version__ = "0.1.0"
 
+AutoConfig.register("backbone_classifier", BackboneClassifierConfig, exist_ok=True)
+AutoModelForImageClassification.register(BackboneClassifierConfig, BackboneForImageClassification, exist_ok=True)
 AutoConfig.register("hidden_state_backbone", HiddenStateBackboneConfig, exist_ok=True)
 AutoBackbone.register(HiddenStateBackboneConfig, HiddenStateBackbone, exist_ok=True)
 AutoConfig.register("llava_style", LlavaStyleConfig, exist_ok=True)
@@ -46,6 +51,8 @@ AutoModelForImageClassification.register(SSMVisionConfig, SSMVisionForImageClass
 
 __all__ = [
     "ENCODERS",
+    "BackboneClassifierConfig",
+    "BackboneForImageClassification",
     "Geometry",
     "HiddenStateBackbone",
     "HiddenStateBackboneConfig",
@@ -59,10 +66,13 @@ __all__ = [
     "SSMVisionConfig",
     "SSMVisionForImageClassification",
     "SSMVisionModel",
+    "convert_encoder",
     "encoder_downsampling",
     "get_named_encoder",
     "grid_size",
+    "image_processor_arguments",
     "load_connector",
+    "load_encoder",
     "make_geometry",
     "num_image_tokens",
     "save_connector",
