@@ -1,0 +1,91 @@
+"""The table itself: names, figures that are known from elsewhere, and the answer to a wrong name."""
+
+import re
+
+import pytest
+
+from ssm_vlm.configuration.named_encoders import ENCODERS, get_named_encoder
+from ssm_vlm.modeling.encoder_loading import LAYOUTS
+from ssm_vlm.modeling.geometry import make_geometry
+from ssm_vlm.modeling.token_grid import encoder_downsampling, num_image_tokens
+
+DIGITS = [name for name in ENCODERS if name.startswith("digit_")]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_entry_is_whole(name):
+    encoder = get_named_encoder(name)
+    config, preprocessing = encoder.config(), encoder.preprocessing
+    assert encoder.name == name and re.fullmatch(r"[a-z0-9_]+\.[a-z0-9_]+", name)
+    assert config.out_features == config.stage_names[-1:] or config.model_type == "ssm_vision"
+    assert num_image_tokens(preprocessing.height, preprocessing.width, encoder_downsampling(config)) > 0
+    assert make_geometry(preprocessing.geometry, 480, 640, (preprocessing.height, preprocessing.width))
+    assert preprocessing.interpolation in ("bicubic", "bilinear", "nearest")
+    assert all(0 < value < 1 for value in preprocessing.mean + preprocessing.std)
+    assert encoder.licence in ("MIT", "Apache-2.0")
+    assert encoder.imagenet_top1 is None or 70 < encoder.imagenet_top1 < 90
+    # No published file could be loaded where this table was written; set an entry to True when its file was.
+    assert encoder.loaded_from_real_file is False
+    if encoder.weights is not None:
+        assert encoder.weights.layout in {*LAYOUTS, "transformers"}
+        assert (encoder.weights.hub_id is None) != (encoder.weights.url is None)
+        for pattern in encoder.weights.discards + encoder.weights.neutral:
+            re.compile(pattern)
+
+
+def test_each_call_builds_its_own_config():
+    encoder = get_named_encoder("vmamba_small_s2l15.in1k_224")
+    encoder.config().depths.append(1)
+    assert encoder.config().depths == [2, 2, 15, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "width"),
+    [
+        ("vmamba_small_s2l15.in1k_224", 196, 384),
+        ("vmamba_base_s1l20.in1k_224", 196, 512),
+        ("vmamba_small_s2l15.coco_maskrcnn_1x", 4200, 384),
+        ("vmamba_small_s2l15.ade20k_upernet_512", 1024, 384),
+        ("vit_small_patch16.augreg_in1k_224", 196, 384),
+        ("swin_base.in1k_224", 196, 512),
+        ("convnext_tiny.in1k_224", 196, 384),
+        ("dinov2_base_patch14.lvd142m_224", 256, 768),
+        ("digit_vmamba.digitscenes_64", 64, 96),
+        ("digit_vit.digitscenes_64", 64, 96),
+    ],
+)
+def test_tokens_and_widths(name, tokens, width):
+    encoder = get_named_encoder(name)
+    config = encoder.config()
+    steps = encoder_downsampling(config)
+    assert num_image_tokens(encoder.preprocessing.height, encoder.preprocessing.width, steps) == tokens
+    assert (config.hidden_sizes[2] if config.model_type == "convnext" else config.hidden_size) == width
+
+
+def test_encoders_of_the_study_are_matched():
+    parameters = [ENCODERS[name].parameters for name in DIGITS]
+    assert len(parameters) == 6 and max(parameters) / min(parameters) < 1.05
+    assert {tuple(map(tuple, encoder_downsampling(ENCODERS[n].config()))) for n in DIGITS if "vit" not in n} == {
+        ((2, "ceil"),) * 3
+    }
+
+
+def test_mixers_of_the_study_differ_in_nothing_else():
+    allowed = {"mixer", "mlp_ratio", "ssm_ratio", "d_state", "head_dim", "window_size"}
+    base = ENCODERS["digit_vmamba.digitscenes_64"].config().to_dict()
+    for name in DIGITS:
+        if "vit" not in name:
+            other = ENCODERS[name].config().to_dict()
+            assert {key for key in base if base[key] != other[key]} <= allowed, name
+
+
+def test_dense_releases_use_their_trained_norm():
+    for name, encoder in ENCODERS.items():
+        if name.startswith("vmamba_"):
+            assert encoder.config().output_norm == ("none" if ".in1k" in name else "layernorm")
+
+
+def test_a_wrong_name_gets_the_nearest():
+    message = r"no encoder named 'vmamba_small.in1k_224'; the nearest names are vmamba_small_\w+.in1k_224, vmamba_"
+    with pytest.raises(ValueError, match=message):
+        get_named_encoder("vmamba_small.in1k_224")
