@@ -1,0 +1,27 @@
+"""Configuration of an image classifier on the tap of any encoder."""
+
+from typing import ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class BackboneClassifierConfig(PreTrainedConfig):
+    """An encoder with the same head whatever the encoder: LayerNorm, pooling over positions, one linear layer.
+
+    Args:
+        backbone_config: Config (or its dict with `model_type`) of any registered Backbone; its last `out_features`
+            entry is the tap that the head reads.
+        pooling: "mean" or "max" over the positions of the normed tap. Max lets a small object decide the class, where
+            a mean would dilute it with background.
+    """
+
+    model_type = "backbone_classifier"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "backbone_config": SubConfigSpec(AutoConfig, model_type="ssm_vision"),
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    pooling: Literal["mean", "max"] = "mean"

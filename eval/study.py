@@ -1,0 +1,177 @@
+"""The controlled study: the same recipe around every encoder, and one table at the end.
+
+`python -m ssm_vlm.eval.study [study.yaml] [--key value ...]`, or `ssm-vlm study`. By default it is the embedded study on
+DigitScenes. Every step is a run directory, so that an interrupted study goes on where it was and a finished step is not
+repeated.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..configuration.named_encoders import get_named_encoder
+from ..modeling.token_grid import encoder_downsampling, num_image_tokens
+from ..training.digit_scenes import DigitScenesConfig, write_digit_scenes
+from ..training.recipe import parse_recipe
+from ..training.train_encoder import main as train_encoder
+from ..training.train_language_model import main as train_language_model
+from ..training.train_vlm import main as train_vlm
+from .encoder_cost import encoder_cost
+from .evaluate import Result, evaluate
+from .report import write_report
+from .study_table import StudyRow, print_table
+from .tasks import EvalItem, read_refcoco, read_vqa
+
+HERE = Path(__file__).parent
+RECIPES = HERE.parent / "training" / "recipes"
+
+
+@dataclass
+class StudyArguments:
+    """What is compared, with what, and where it goes."""
+
+    study_dir: str = field(default="runs/study", metadata={"help": "Folder of the study."})
+    encoders: list[str] = field(
+        default_factory=lambda: ["digit_vmamba.digitscenes_64", "digit_vit.digitscenes_64"],
+        metadata={"help": "Names in the table of encoders, one row of the result each."},
+    )
+    encoder_recipe: str = field(
+        default=str(RECIPES / "digit_encoder.yaml"), metadata={"help": "Recipe of the encoders' pretraining."}
+    )
+    language_model_recipe: str = field(
+        default=str(RECIPES / "digit_language_model.yaml"), metadata={"help": "Recipe of the language model."}
+    )
+    vlm_recipe: str = field(default=str(RECIPES / "digit_vlm.yaml"), metadata={"help": "Recipe of every VLM."})
+    encoder_steps: int | None = field(default=None, metadata={"help": "Steps instead of the recipe's."})
+    language_model_steps: int | None = field(default=None, metadata={"help": "Steps instead of the recipe's."})
+    vlm_steps: int | None = field(default=None, metadata={"help": "Steps instead of the recipe's."})
+    data: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Fields of DigitScenesConfig that differ from its defaults."}
+    )
+    split: str = field(default="test", metadata={"help": "val to choose settings, test to report."})
+    eval_batch_size: int = field(default=64, metadata={"help": "Questions at a time."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer in tokens."})
+
+
+class StudySteps:
+    """Prints each step as it begins and keeps the seconds it took, over interruptions too."""
+
+    def __init__(self, folder: Path, console: Console, total: int):
+        self.file, self.console, self.total, self.number = folder / "seconds.json", console, total, 0
+        self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    def run(self, name: str, step: Callable[[], Any]) -> Any:
+        """Runs a step; one that finds its work done already keeps its first time."""
+        self.number += 1
+        self.console.rule(f"[bold]{self.number}/{self.total}  {name}", align="left")
+        started = time.perf_counter()
+        result = step()
+        self.seconds[name] = max(self.seconds.get(name, 0.0), time.perf_counter() - started)
+        self.file.write_text(json.dumps(self.seconds, indent=1))
+        return result
+
+
+def run_study(study: StudyArguments) -> list[StudyRow]:
+    """Runs what is not done yet, prints the table and writes `table.json`, `table.md`, `samples.png`, `report.html`."""
+    console = Console()
+    for name in study.encoders:
+        get_named_encoder(name)
+    folder = Path(study.study_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = StudySteps(folder, console, total=3 + 3 * len(study.encoders))
+
+    config = DigitScenesConfig(**(study.data or {}))
+    data = steps.run(
+        "data", lambda: write_digit_scenes(folder / "data", config, lambda line: console.print("  " + line))
+    )
+    encoder_runs = {
+        name: steps.run(f"encoder {name}", lambda name=name: _pretrain(study, name, data)) for name in study.encoders
+    }
+    language_model = steps.run("language model", lambda: _train_language_model(study, data))
+    items = read_items(data, study.split)
+    rows, results = [], {}
+    for name in study.encoders:
+        vlm = steps.run(f"vlm {name}", lambda name=name: _train_vlm(study, name, data, language_model.path))
+        result = steps.run(f"evaluation {name}", lambda name=name, vlm=vlm: _evaluate(study, vlm.path, items))
+        results[name] = result
+        entry = get_named_encoder(name)
+        size = (entry.preprocessing.height, entry.preprocessing.width)
+        cost = encoder_cost(entry.config(), *size)
+        rows.append(
+            StudyRow.of(
+                name,
+                parameters=cost.parameters,
+                flops=cost.flops,
+                tokens=num_image_tokens(*size, encoder_downsampling(entry.config())),
+                accuracy=encoder_runs[name].summary["accuracy"],
+                result=result,
+                seconds=sum(seconds for step, seconds in steps.seconds.items() if step.endswith(name)),
+            )
+        )
+    steps.run("report", lambda: write_report(folder, rows, results, items, asdict(study), steps.seconds))
+    print_table(rows, console)
+    console.print(f"\n{folder}/report.html  {folder}/samples.png  {folder}/table.json")
+    return rows
+
+
+def read_items(data: Path, split: str) -> list[EvalItem]:
+    """Every question of a split of DigitScenes, VQA then localisation."""
+    images = data / "images" / "eval"
+    vqa = read_vqa(data / f"vqa_{split}_questions.json", data / f"vqa_{split}_annotations.json", images)
+    return vqa + read_refcoco(data / "refs(digits).json", data / "instances.json", images, split)
+
+
+def _steps(steps: int | None) -> list[str]:
+    return [] if steps is None else ["--max_steps", str(steps)]
+
+
+def _pretrain(study: StudyArguments, name: str, data: Path) -> Any:
+    folders = ["--train_folder", f"{data}/classification/train", "--val_folder", f"{data}/classification/val"]
+    where = ["--vision_encoder", name, "--output_dir", study.study_dir, "--name", f"encoder-{name}"]
+    run = train_encoder([study.encoder_recipe, *where, *folders, *_steps(study.encoder_steps)])
+    link = Path(study.study_dir) / "encoders" / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path("..") / run.path.name / "backbone")
+    return run
+
+
+def _train_language_model(study: StudyArguments, data: Path) -> Any:
+    where = ["--data_path", f"{data}/text.json", "--output_dir", study.study_dir]
+    return train_language_model([study.language_model_recipe, *where, *_steps(study.language_model_steps)])
+
+
+def _train_vlm(study: StudyArguments, name: str, data: Path, language_model: Path) -> Any:
+    encoder = ["--vision_encoder", name, "--vision_weights_dir", f"{study.study_dir}/encoders"]
+    where = ["--language_model", str(language_model), "--output_dir", study.study_dir, "--name", f"vlm-{name}"]
+    files = ["--data_path", f"{data}/train.json", "--image_root", f"{data}/images"]
+    return train_vlm([study.vlm_recipe, *encoder, *where, *files, *_steps(study.vlm_steps)])
+
+
+def _evaluate(study: StudyArguments, vlm: Path, items: list[EvalItem]) -> Result:
+    model = AutoModelForImageTextToText.from_pretrained(vlm)
+    return evaluate(
+        model,
+        AutoProcessor.from_pretrained(vlm),
+        items,
+        output_jsonl=vlm / f"answers_{study.split}.jsonl",
+        batch_size=study.eval_batch_size,
+        max_new_tokens=study.max_new_tokens,
+        box_frame=model.config.box_frame,
+        blank_floor=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> list[StudyRow]:
+    (study,) = parse_recipe(argv, StudyArguments)
+    return run_study(study)
+
+
+if __name__ == "__main__":
+    main()

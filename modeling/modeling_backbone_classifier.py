@@ -1,0 +1,43 @@
+"""Image classifier on the tap of any encoder, so that a study can pretrain and score all of them alike."""
+
+from torch import Tensor, nn
+from transformers import AutoBackbone, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration.configuration_backbone_classifier import BackboneClassifierConfig
+
+POOLINGS = {"mean": lambda tokens: tokens.mean(1), "max": lambda tokens: tokens.amax(1)}  # [B, N, C] -> [B, C]
+
+
+class BackboneForImageClassification(PreTrainedModel):
+    """LayerNorm, pooling and a linear layer on the encoder's tap."""
+
+    config: BackboneClassifierConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: BackboneClassifierConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.backbone = AutoBackbone.from_config(config.backbone_config) if backbone is None else backbone
+        width = self.backbone.channels[-1]
+        self.norm = nn.LayerNorm(width)
+        self.classifier = nn.Linear(width, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> ImageClassifierOutput:
+        """Logits of the classes, and cross entropy where labels are given.
+
+        Args:
+            pixel_values: [B, 3, H, W].
+            labels: [B] class indices.
+        """
+        feature_map = self.backbone(pixel_values).feature_maps[-1]  # [B, C, h, w]
+        tokens = self.norm(feature_map.flatten(2).transpose(1, 2))  # [B, h*w, C]
+        logits = self.classifier(POOLINGS[self.config.pooling](tokens))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)

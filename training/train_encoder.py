@@ -1,0 +1,83 @@
+"""Pretrains an encoder on classification: `python -m ssm_vlm.training.train_encoder recipe.yaml [--key value ...]`.
+
+The run directory then holds the classifier (`AutoModelForImageClassification`), and in `backbone/` the encoder itself
+with its image processor, ready to be a `vision_encoder` or a folder of `vision_weights_dir`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import EvalPrediction, set_seed
+
+from ..configuration.configuration_backbone_classifier import BackboneClassifierConfig
+from ..modeling.encoder_loading import image_processor_arguments, load_encoder
+from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
+from ..modeling.modeling_backbone_classifier import BackboneForImageClassification
+from .image_folder import ImageFolder, collate_images
+from .recipe import RunArguments, RunDirectory, parse_recipe, require, resolved
+from .trainer import ControlledTrainer, train_and_save
+
+
+@dataclass
+class EncoderArguments:
+    """What is trained on what."""
+
+    vision_encoder: str | None = field(default=None, metadata={"help": "Name in the table of encoders."})
+    pooling: str = field(default="mean", metadata={"help": "How the head pools positions: mean or max."})
+    train_folder: str | None = field(default=None, metadata={"help": "Folder with one folder of pictures per class."})
+    val_folder: str | None = field(default=None, metadata={"help": "The same for the accuracy at the end."})
+
+
+def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory:
+    """Trains, unless the run is already finished.
+
+    Returns:
+        The run's directory; its summary holds `accuracy` on `val_folder`.
+    """
+    require(encoder, "vision_encoder", "train_folder", "val_folder")
+    run = RunDirectory.of(resolved(encoder, args), [f"{encoder.train_folder}/../../digit_scenes.json"], args)
+    if run.is_finished:
+        return run
+    set_seed(args.seed)
+    backbone = load_encoder(encoder.vision_encoder, pretrained=False)
+    image_processor = LlavaStyleImageProcessor(**image_processor_arguments(encoder.vision_encoder))
+    train_set = ImageFolder(encoder.train_folder, image_processor)
+    val_set = ImageFolder(encoder.val_folder, image_processor, train_set.classes)
+    config = BackboneClassifierConfig(
+        backbone_config=backbone.config,
+        pooling=encoder.pooling,
+        id2label=dict(enumerate(train_set.classes)),
+        label2id={name: index for index, name in enumerate(train_set.classes)},
+    )
+    model = BackboneForImageClassification(config, backbone)
+    trainer = ControlledTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=val_set,
+        data_collator=collate_images,
+        compute_metrics=_accuracy,
+    )
+
+    def save(folder: Path) -> None:
+        trainer.model.save_pretrained(folder)
+        image_processor.save_pretrained(folder)
+        trainer.model.backbone.save_pretrained(folder / "backbone")
+        image_processor.save_pretrained(folder / "backbone")
+
+    train_and_save(trainer, run, save, lambda: {"accuracy": trainer.evaluate()["eval_accuracy"]})
+    return run
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
+
+
+def main(argv: Sequence[str] | None = None) -> RunDirectory:
+    return train_encoder(*parse_recipe(argv, EncoderArguments, RunArguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Trains a small language model and its tokenizer from scratch on conversations without pictures.
+
+`python -m ssm_vlm.training.train_language_model recipe.yaml [--key value ...]`. Only the embedded study needs it: real
+runs take a published language model.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from ..modeling.chat_templates import VICUNA_TEMPLATE
+from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
+from ..modeling.processing_llava_style import LlavaStyleProcessor
+from .collator import ConversationCollator
+from .datasets import LlavaConversations
+from .recipe import RunArguments, RunDirectory, parse_recipe, require, resolved
+from .trainer import ControlledTrainer, train_and_save
+
+
+@dataclass
+class LanguageModelArguments:
+    """What is trained on what."""
+
+    language_model_config: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Config of a causal language model, `model_type` included."}
+    )
+    vocabulary: int = field(default=512, metadata={"help": "Tokens of the byte-level BPE."})
+    data_path: str | None = field(default=None, metadata={"help": "LLaVA conversations without pictures."})
+
+
+def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with `<s>`, `</s>`, `<pad>` and `<image>`, every digit a token of its own, as Llama has it."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        chat_template=VICUNA_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _texts(data: LlavaConversations, rows: int = 2000) -> Iterator[str]:
+    """Text to cut tokens from: the template's own words too, or they would be spelt out byte by byte."""
+    for index in range(min(rows, len(data))):
+        yield VICUNA_TEMPLATE
+        for message in data[index]["messages"]:
+            yield from (part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def train_language_model(model_args: LanguageModelArguments, args: RunArguments) -> RunDirectory:
+    """Trains, unless the run is already finished. The run directory then holds model and tokenizer."""
+    require(model_args, "language_model_config", "data_path")
+    run = RunDirectory.of(resolved(model_args, args), [model_args.data_path], args)
+    if run.is_finished:
+        return run
+    data = LlavaConversations(model_args.data_path, None)
+    tokenizer = train_tokenizer(_texts(data), model_args.vocabulary)
+    processor = LlavaStyleProcessor(LlavaStyleImageProcessor(), tokenizer)
+    set_seed(args.seed)
+    config = AutoConfig.for_model(
+        **model_args.language_model_config,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    trainer = ControlledTrainer(
+        model=AutoModelForCausalLM.from_config(config),
+        args=args,
+        train_dataset=data,
+        data_collator=ConversationCollator(processor),
+        grouping=(data.lengths(0), data.is_multimodal),
+    )
+
+    def save(folder: Path) -> None:
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    train_and_save(trainer, run, save)
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> RunDirectory:
+    return train_language_model(*parse_recipe(argv, LanguageModelArguments, RunArguments))
+
+
+if __name__ == "__main__":
+    main()

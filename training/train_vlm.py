@@ -1,0 +1,178 @@
+"""Trains a LLaVA-style model: `python -m ssm_vlm.training.train_vlm recipe.yaml [--key value ...]`.
+
+One process, `torchrun` and `accelerate launch` all work. The encoder is one key, `vision_encoder`; nothing else has to
+change with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils import logging
+
+from ..configuration.named_encoders import ENCODERS
+from ..modeling.chat_templates import VICUNA_TEMPLATE
+from ..modeling.encoder_loading import image_processor_arguments, load_encoder
+from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
+from ..modeling.modeling_llava_style import LlavaStyleForConditionalGeneration
+from ..modeling.processing_llava_style import LlavaStyleProcessor
+from ..modeling.token_grid import encoder_downsampling
+from .collator import ConversationCollator
+from .datasets import LlavaConversations
+from .recipe import RECIPE_FILE, RunArguments, RunDirectory, parse_recipe, require, resolved
+from .trainer import ControlledTrainer, train_and_save
+
+logger = logging.get_logger(__name__)
+IMAGE_TOKEN = "<image>"
+CHAT_TEMPLATES = {"vicuna": VICUNA_TEMPLATE, "own": None}
+
+
+@dataclass
+class ModelArguments:
+    """What the model is made of."""
+
+    vision_encoder: str | None = field(
+        default=None, metadata={"help": "Name in the table (`ssm-vlm encoders`), or folder of a saved encoder."}
+    )
+    vision_weights_dir: str | None = field(
+        default=None, metadata={"help": "Folder with a folder of weights per encoder name; by default the Hub."}
+    )
+    vision_pretrained: bool = field(default=True, metadata={"help": "False starts from random encoder weights."})
+    language_model: str | None = field(default=None, metadata={"help": "Hub id or folder of a causal language model."})
+    chat_template: str = field(
+        default="own", metadata={"help": "own: the language model's; vicuna: the Vicuna v1.5 format of the paper."}
+    )
+    connector: str = field(default="mlp2", metadata={"help": "linear, mlp2 or mlp3."})
+    connector_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the connector's weights; by default the tap's width, as in the paper."}
+    )
+    tap_norm: str = field(
+        default="layernorm", metadata={"help": "none, or layernorm without parameters on the encoder's features."}
+    )
+    geometry: str | None = field(
+        default=None, metadata={"help": "How pictures become pixels; by default the encoder's."}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Side of the canvas; by default the encoder's."})
+    box_frame: str = field(default="centered_square", metadata={"help": "Frame of the boxes in the training text."})
+    freeze_vision: bool = field(default=True, metadata={"help": "Keep the encoder's weights as they are."})
+    freeze_connector: bool = field(default=False, metadata={"help": "Keep the connector's weights as they are."})
+    freeze_language_model: bool = field(default=False, metadata={"help": "Keep the language model as it is."})
+    vision_train_mode: bool = field(
+        default=False, metadata={"help": "Let a frozen encoder run in train mode, as the paper's code does."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What the model is trained on."""
+
+    data_path: str | None = field(default=None, metadata={"help": "Conversations in LLaVA's JSON format."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that the pictures' paths start from."})
+    max_text_length: int | None = field(
+        default=2048, metadata={"help": "Tokens of text to keep of each conversation; image tokens are never cut."}
+    )
+    on_bad_row: str = field(default="raise", metadata={"help": "raise, or skip rows that cannot be trained on."})
+
+
+def build_processor(model_args: ModelArguments, downsampling: list) -> LlavaStyleProcessor:
+    """Image processor of the encoder and tokenizer of the language model, with `<image>` as a token.
+
+    Raises:
+        ValueError: unknown chat template.
+    """
+    name = model_args.vision_encoder
+    if name in ENCODERS:
+        image_processor = LlavaStyleImageProcessor(**image_processor_arguments(name))
+    else:
+        image_processor = AutoImageProcessor.from_pretrained(name)
+    settings: dict[str, Any] = image_processor.to_dict() | {"downsampling": downsampling}
+    if model_args.geometry is not None:
+        settings["geometry"] = model_args.geometry
+    if model_args.image_size is not None:
+        settings["size"] = {"height": model_args.image_size, "width": model_args.image_size}
+    tokenizer = AutoTokenizer.from_pretrained(model_args.language_model)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if model_args.chat_template not in CHAT_TEMPLATES:
+        raise ValueError(
+            f"chat_template is {model_args.chat_template!r} but must be one of {', '.join(CHAT_TEMPLATES)}."
+        )
+    return LlavaStyleProcessor(
+        LlavaStyleImageProcessor(**settings), tokenizer, chat_template=CHAT_TEMPLATES[model_args.chat_template]
+    )
+
+
+def build_model(
+    model_args: ModelArguments,
+) -> tuple[LlavaStyleForConditionalGeneration, LlavaStyleProcessor]:
+    """The model, its parts loaded and its frozen parts frozen, and its processor."""
+    encoder = load_encoder(
+        model_args.vision_encoder,
+        weights_dir=model_args.vision_weights_dir,
+        pretrained=model_args.vision_pretrained,
+    )
+    processor = build_processor(model_args, encoder_downsampling(encoder.config))
+    language_model = AutoModelForCausalLM.from_pretrained(model_args.language_model, dtype=torch.float32)
+    rows = language_model.get_input_embeddings().num_embeddings
+    if len(processor.tokenizer) > rows:
+        language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    model = LlavaStyleForConditionalGeneration.from_parts(
+        encoder,
+        language_model,
+        image_token_id=processor.image_token_id,
+        connector=model_args.connector,
+        connector_seed=model_args.connector_seed,
+        tap_norm=model_args.tap_norm,
+        freeze_vision=model_args.freeze_vision,
+        vision_train_mode=model_args.vision_train_mode,
+        box_frame=model_args.box_frame,
+    )
+    model.connector.requires_grad_(not model_args.freeze_connector)
+    model.language_model.requires_grad_(not model_args.freeze_language_model)
+    return model, processor
+
+
+def train_vlm(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> RunDirectory:
+    """Trains, unless the run is already finished. The run directory then holds the complete model."""
+    require(model_args, "vision_encoder", "language_model")
+    require(data_args, "data_path")
+    weights = model_args.vision_weights_dir and str(Path(model_args.vision_weights_dir) / model_args.vision_encoder)
+    inputs = [model_args.vision_encoder, weights, model_args.language_model, data_args.data_path]
+    recipe = resolved(model_args, data_args, args)
+    run = RunDirectory.of(recipe, inputs, args)
+    if run.is_finished:
+        return run
+    data = LlavaConversations(data_args.data_path, data_args.image_root, on_bad_row=data_args.on_bad_row)
+    data.check_images()
+    set_seed(args.seed)
+    model, processor = build_model(model_args)
+    geometry = processor.image_processor.get_geometry(224, 224)
+    tokens = processor.count_image_tokens(geometry.canvas_height, geometry.canvas_width)
+    trainer = ControlledTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        data_collator=ConversationCollator(processor, data_args.max_text_length),
+        grouping=(data.lengths(tokens), data.is_multimodal),
+    )
+
+    def save(folder: Path) -> None:
+        trainer.model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / RECIPE_FILE).write_text((run.path / RECIPE_FILE).read_text())
+
+    train_and_save(trainer, run, save)
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> RunDirectory:
+    return train_vlm(*parse_recipe(argv, ModelArguments, DataArguments, RunArguments))
+
+
+if __name__ == "__main__":
+    main()
