@@ -233,7 +233,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
             check_image_tokens([sum(tokens_per_row)] if encoded is not None else tokens_per_row, tokens_per_image)
 
         if inputs_embeds is None:
-            # the image token may lie outside the vocabulary, and no gradient shall reach its embedding
+            # the image token may lie outside the vocabulary; what stands there now is written over below
             text_ids = input_ids if mask is None else input_ids.masked_fill(mask, 0)
             inputs_embeds = self.get_input_embeddings()(text_ids)  # [B, L, D]
         self._warn_if_too_long(past_length + inputs_embeds.shape[1])

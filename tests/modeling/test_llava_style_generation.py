@@ -92,7 +92,7 @@ def test_prefill_in_chunks_gives_the_same():
 
 
 def test_the_image_token_is_never_generated():
-    """Even where the language model likes it best."""
+    """Even where the language model likes it best; and where a user lifts the ban, it is a token like any other."""
     model = build(text=text_config("llama", vocab_size=IMAGE + 1))
     head = model.get_output_embeddings().weight
     with torch.no_grad():
@@ -101,6 +101,8 @@ def test_the_image_token_is_never_generated():
         assert model(input_ids=torch.tensor([[1, 3]])).logits[0, -1].argmax() == IMAGE
     tokens, _ = answers(model, [[1, 3]], [])
     assert IMAGE not in tokens
+    tokens, _ = answers(model, [[1, 3]], [], suppress_tokens=[])
+    assert tokens[0, 0] == IMAGE and tokens.shape == (1, 6)
 
 
 def test_pixels_and_cached_features_together_are_refused():

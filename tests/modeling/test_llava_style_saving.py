@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,9 +90,17 @@ def test_from_parts_keeps_the_parts(text, tmp_path):
     assert not any(p.requires_grad for p in model.vision_tower.parameters())
     assert model.generation_config.max_new_tokens == 3
     assert model.generation_config.suppress_tokens == [IMAGE]
-    assert expected[1].generation_config.suppress_tokens is None
+    assert language.generation_config.suppress_tokens is None
     model.save_pretrained(tmp_path)
     assert equal_states(AutoModelForImageTextToText.from_pretrained(tmp_path), model)
+
+
+def test_from_parts_does_not_fill_what_was_put_into_the_parts_by_hand():
+    vision, language = parts()
+    language.lm_head = nn.Linear(16, 40, bias=False)
+    expected = language.lm_head.weight.detach().clone()
+    LlavaStyleForConditionalGeneration.from_parts(vision, language, image_token_id=IMAGE)
+    assert torch.equal(language.lm_head.weight, expected)
 
 
 def test_from_parts_gives_the_connector_the_language_models_dtype():
@@ -128,3 +138,31 @@ def test_saved_config_is_complete(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["architectures"] == ["LlavaStyleForConditionalGeneration"]
     assert saved["vision_config"]["model_type"] == "ssm_vision" and saved["text_config"]["model_type"] == "llama"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("auto", ["AutoModelForImageTextToText", "AutoModel"])
+def test_a_fresh_process_loads_it_bit_equal(auto, tmp_path):
+    model = build("ssm_vision", "llama-tied", tap_norm="layernorm")
+    inputs = {"pixel_values": torch.stack(pictures((SIZE, SIZE))), **batch(row(1, "image", 4, 5))}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    del inputs["labels"]
+    model.save_pretrained(tmp_path / "model")
+    torch.save((inputs, model.state_dict(), logits), tmp_path / "expected.pt")
+    script = f"""
+import sys, torch, ssm_vlm
+from transformers import {auto}
+model = {auto}.from_pretrained(sys.argv[1] + "/model")
+inputs, state, logits = torch.load(sys.argv[1] + "/expected.pt")
+own = model.state_dict()
+assert own.keys() == state.keys() and all(torch.equal(own[k], state[k]) for k in state)
+assert not model.training and not any(p.requires_grad for p in model.vision_tower.parameters())
+with torch.no_grad():
+    output = model(**inputs)
+    found = output.logits if "logits" in output else model.language_model.lm_head(output.last_hidden_state)
+assert torch.equal(found, logits)
+print("equal")
+"""
+    ran = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.stdout.strip().endswith("equal"), ran.stderr

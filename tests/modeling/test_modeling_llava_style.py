@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from llava_style_toys import IMAGE, SIZE, TEXT, VISION, batch, build, learn, padded, pictures, row
+from llava_style_toys import IMAGE, SIZE, TEXT, VISION, batch, build, learn, padded, pictures, row, vision_config
 from torch import nn
 
 from ssm_vlm import LlavaStyleForConditionalGeneration, LlavaStyleModel
@@ -28,6 +28,18 @@ def test_image_features_are_connector_of_normed_row_major_tap(vision, tap_norm):
                 mean, variance = tokens.mean(-1, keepdim=True), tokens.var(-1, correction=0, keepdim=True)
                 tokens = (tokens - mean) / (variance + 1e-5).sqrt()
             torch.testing.assert_close(feature, model.connector(tokens), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vision", ["ssm_vision", "swin"])
+def test_the_last_output_feature_is_the_tap(vision):
+    """A backbone that also gives earlier maps, for a dense head, feeds the language model from its last one."""
+    one, two = (build(vision_config(vision, out_features=f)) for f in (["stage2"], ["stage1", "stage2"]))
+    two.load_state_dict(one.state_dict(), strict=False)  # some backbones have a norm for each output
+    pixels = torch.stack(pictures((SIZE, SIZE)))
+    with torch.no_grad():
+        assert torch.equal(
+            one.get_image_features(pixels).pooler_output[0], two.get_image_features(pixels).pooler_output[0]
+        )
 
 
 @pytest.mark.parametrize("text", TEXT)
