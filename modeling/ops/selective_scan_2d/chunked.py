@@ -10,6 +10,7 @@ states are treated one at a time. The backward pass is written by hand: the adjo
 recurrence run backwards. It recomputes the states of a unit, so that only the inputs are kept between the passes.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -22,6 +23,9 @@ UNIT_ELEMENTS = 1 << 19
 
 MIN_CHANNELS = 32
 """Channels of a unit are contiguous in memory; fewer than this would waste the vector units."""
+
+LOG2_E = math.log2(math.e)
+"""Decays are computed as powers of 2, which torch's CPU code does nearly three times as fast as powers of e."""
 
 
 def linear_recurrence_(
@@ -109,7 +113,7 @@ class _SelectiveScan2d(torch.autograd.Function):
             tensor.to(dtype) for tensor in (dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
         )
         batch, height, width, channels = x.shape
-        rates = -torch.exp(a_log).transpose(1, 2).contiguous()  # [4, N, E]
+        rates_log2 = -LOG2_E * torch.exp(a_log).transpose(1, 2).contiguous()  # [4, N, E]
         out = x * d.sum(0)  # the skip of all four directions
         scratch = _Workspace(out)
         for images, k, cols in _units(batch, height * width, channels, x.device.type == "cpu"):
@@ -123,10 +127,10 @@ class _SelectiveScan2d(torch.autograd.Function):
             scaled = torch.mul(delta, map_x, out=scratch("scaled", shape))
             total = delta.sum(along)
             for n in range(b.shape[-1]):
-                rate = rates[k, n, cols]
-                decay = torch.mul(delta, rate, out=scratch("decay", shape)).exp_()
+                rate_log2 = rates_log2[k, n, cols]
+                decay = torch.mul(delta, rate_log2, out=scratch("decay", shape)).exp2_()
                 states = torch.mul(scaled, map_b[..., n, None], out=scratch("states", shape))
-                scan_(states, decay, torch.exp(total * rate), along, reverse)
+                scan_(states, decay, torch.exp2(total * rate_log2), along, reverse)
                 map_out.addcmul_(states, map_c[..., n, None])
         return out.to(x.dtype)
 
@@ -138,6 +142,7 @@ class _SelectiveScan2d(torch.autograd.Function):
         low_rank, b, c, weight, bias, a_log, d = (tensor.to(dtype) for tensor in parameters)
         batch, height, width, channels = x.shape
         rates = -torch.exp(a_log).transpose(1, 2).contiguous()  # [4, N, E]
+        rates_log2 = LOG2_E * rates
         grad = grad.to(dtype)
         grad_x = grad * d.sum(0)
         grad_d = (grad * x).sum((0, 1, 2)).expand_as(d)
@@ -159,20 +164,20 @@ class _SelectiveScan2d(torch.autograd.Function):
             total_adjoint = _adjoint_total(total, delta.select(along, -1 if reverse else 0), reverse)
             grad_scaled, grad_delta = scratch("grad_scaled", shape).zero_(), scratch("grad_delta", shape).zero_()
             for n in range(b.shape[-1]):
-                rate, b_n, c_n = rates[k, n, cols], map_b[..., n, None], map_c[..., n, None]
-                decay = torch.mul(delta, rate, out=scratch("decay", shape)).exp_()
+                rate_log2, b_n, c_n = rates_log2[k, n, cols], map_b[..., n, None], map_c[..., n, None]
+                decay = torch.mul(delta, rate_log2, out=scratch("decay", shape)).exp2_()
                 states = torch.mul(scaled, b_n, out=scratch("states", shape))
-                scan_(states, decay, torch.exp(total * rate), along, reverse)
+                scan_(states, decay, torch.exp2(total * rate_log2), along, reverse)
                 product = torch.mul(map_grad, states, out=scratch("product", shape))
                 grad_c[images, :, :, k, n] += product.sum(-1)
                 adjoint = torch.mul(map_grad, c_n, out=scratch("adjoint", shape))
-                adjoint_scan_(adjoint, decay, torch.exp(total_adjoint * rate), along, reverse)
+                adjoint_scan_(adjoint, decay, torch.exp2(total_adjoint * rate_log2), along, reverse)
                 torch.mul(adjoint, scaled, out=product)
                 grad_b[images, :, :, k, n] += product.sum(-1)
                 grad_scaled.addcmul_(adjoint, b_n)
                 # The gradient with respect to delta_t rate is g_t decay_t h_{t-1} = g_t (h_t - scaled_t b_t).
                 states.mul_(adjoint).addcmul_(product, b_n, value=-1)
-                grad_delta.addcmul_(states, rate)
+                grad_delta.addcmul_(states, rates[k, n, cols])
                 grad_rates[k, n, cols] += states.mul_(delta).sum((0, 1, 2))
             grad_delta.addcmul_(grad_scaled, map_x)
             grad_x[images, ..., cols].addcmul_(grad_scaled, delta)
