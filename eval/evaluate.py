@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         step = max(1, tensor.numel() // _VALUES_PER_TENSOR)
         values = tensor.detach().reshape(-1)[::step].float().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + values.astype(np.float32).tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + values.astype(np.float32).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -221,11 +221,18 @@ def _generate(
     """
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     with ThreadPoolExecutor(max_workers=1) as other_thread:
-        coming = other_thread.submit(_prepare, processor, batches[0], blank_images) if batches else None
-        for batch, following in zip(batches, [*batches[1:], None], strict=True):
+
+        def prepare(number: int) -> Future | None:
+            return (
+                other_thread.submit(_prepare, processor, batches[number], blank_images)
+                if number < len(batches)
+                else None
+            )
+
+        coming = prepare(0)
+        for number, batch in enumerate(batches):
             inputs, sizes = coming.result()
-            if following:
-                coming = other_thread.submit(_prepare, processor, following, blank_images)
+            coming = prepare(number + 1)
             inputs = inputs.to(model.device)
             with torch.inference_mode():
                 output = model.generate(
@@ -316,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="ask only so many items, chosen at random but always the same")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--box-frame", default="centered_square", choices=BOX_FRAMES)
+    parser.add_argument("--box-frame", choices=BOX_FRAMES, help="default: the one the model's config names")
     parser.add_argument("--iou-threshold", type=float, default=0.5)
     parser.add_argument("--blank-floor", action="store_true", help="also ask everything with blank pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -340,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             output_jsonl=options.output,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
-            box_frame=options.box_frame,
+            box_frame=options.box_frame or getattr(model.config, "box_frame", "centered_square"),
             iou_threshold=options.iou_threshold,
             blank_floor=options.blank_floor,
         )
@@ -348,13 +355,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    Console().print(*map(_table, result.scores.values()))
+    for score in result.scores.values():
+        _print(score, Console())
     return 0
 
 
-def _table(score: TaskScore) -> Table:
-    table = Table(title=f"{score.task}: {score.metric}", title_justify="left", caption_justify="left")
-    for column in ("kind", "items", "score"):
+def _print(score: TaskScore, console: Console) -> None:
+    table = Table()
+    for column in ("kind", "items", "per cent"):
         table.add_column(column, justify="left" if column == "kind" else "right")
     for kind, of_kind in score.kinds.items():
         table.add_row(kind, str(of_kind.num_items), f"{100 * of_kind.score:.2f}")
@@ -365,8 +373,7 @@ def _table(score: TaskScore) -> Table:
     notes = [f"constants are chosen on {score.floor_source}"]
     if score.box_frame is not None:
         notes += [f"boxes in the frame {score.box_frame}", f"{100 * score.invalid_share:.2f} % of answers are no box"]
-    table.caption = "Per cent; " + "; ".join(notes) + "."
-    return table
+    console.print(f"{score.task}: {score.metric}", table, "; ".join(notes), sep="\n", markup=False)
 
 
 if __name__ == "__main__":
