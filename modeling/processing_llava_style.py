@@ -30,8 +30,7 @@ class LlavaStyleProcessor(ProcessorMixin):
         if tokenizer.encode(self.image_token, add_special_tokens=False) != [self.image_token_id]:
             raise ValueError(
                 f"The tokenizer does not know {self.image_token!r} as one token: add it with "
-                f"tokenizer.add_special_tokens({{'additional_special_tokens': [{self.image_token!r}]}}) and resize the "
-                "model's embeddings."
+                f"tokenizer.add_tokens([{self.image_token!r}], special_tokens=True) and resize the model's embeddings."
             )
         variables = {**tokenizer.special_tokens_map, "image_token": self.image_token}
         chat_template = chat_template or tokenizer.chat_template or VICUNA_TEMPLATE
@@ -70,6 +69,8 @@ class LlavaStyleProcessor(ProcessorMixin):
                         f"Text {row} has {row_text.count(self.image_token)} {self.image_token} placeholders but "
                         f"{len(row_images)} pictures: each picture needs exactly one placeholder."
                     )
+        if nested and not any(images):  # text-only rows
+            images = None
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:

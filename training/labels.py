@@ -53,7 +53,7 @@ def tokenize_conversation(
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{where} has no assistant message, so there is nothing to learn from it.")
     try:
-        text, spans, prompts = _render_with_spans(processor, messages, where)
+        text, spans = _render_with_spans(processor, messages, where)
     except jinja2.TemplateError as error:
         raise ValueError(f"{where} does not fit the chat template: {error}") from error
 
@@ -66,23 +66,15 @@ def tokenize_conversation(
             image_token_counts = [processor.count_image_tokens(h, w) for h, w in sample["image_sizes"].tolist()]
 
     bos = processor.tokenizer.bos_token
-    tokenize = partial(
-        processor.tokenizer,
+    encoded = processor.tokenizer(
+        text,
         add_special_tokens=not (bos and text.startswith(bos)),
+        return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,  # no warning about the tokenizer's model_max_length: max_length is the caller's to choose
     )
-    encoded = tokenize(text, return_offsets_mapping=True)
     input_ids = encoded["input_ids"]
-    for prompt in prompts:  # not as one batch: the tokenizer's thread pool costs more than it gains here
-        prompt_ids = tokenize(prompt)["input_ids"]
-        if input_ids[: len(prompt_ids)] != prompt_ids:
-            raise ValueError(
-                f"{where}: the tokenizer cuts the end of the prompt, {prompt[-20:]!r}, differently when an answer "
-                "follows, so training would not match generation; let the template's generation prompt end where a "
-                "token ends (often: without white space)."
-            )
-    labels = _labels(input_ids, encoded["offset_mapping"], spans)
+    labels = _labels(input_ids, encoded["offset_mapping"], text, spans, where)
     input_ids, labels = _cut_and_expand(
         input_ids, labels, processor.image_token_id, list(image_token_counts or []), max_length, where
     )
@@ -107,13 +99,13 @@ def _check_count(where: str, placeholders: int, images: int) -> None:
         )
 
 
-def _render_with_spans(processor: Any, messages: list[dict[str, Any]], where: str) -> tuple[str, list[Span], list[str]]:
-    """The rendered conversation, the characters of it that the assistant says, and prompts it must start with."""
+def _render_with_spans(processor: Any, messages: list[dict[str, Any]], where: str) -> tuple[str, list[Span]]:
+    """The rendered conversation, and the characters of it that the assistant says."""
     template = processor.default_template
     render = partial(render_jinja_template, chat_template=template, **processor.template_variables)
     if _GENERATION_MARK.search(template):
         (text,), (spans,) = render([messages], return_assistant_tokens_mask=True)
-        return text, spans, []
+        return text, spans
 
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     (text, *answered), _ = render([messages, *(messages[: index + 1] for index in answers)])
@@ -130,11 +122,16 @@ def _render_with_spans(processor: Any, messages: list[dict[str, Any]], where: st
         # The model stops at the token that closes its turn; white space behind it is the template's, not the model's.
         stripped = turn.rstrip()
         spans.append((len(prompt), len(stripped) if stripped.endswith(closing) else len(turn)))
-    return text, spans, prompts
+    return text, spans
 
 
-def _labels(input_ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
-    """`input_ids` where a token overlaps a span, else -100. Tokens and spans are in order of their characters."""
+def _labels(input_ids: list[int], offsets: list[Span], text: str, spans: list[Span], where: str) -> list[int]:
+    """`input_ids` where a token overlaps a span, else -100. Tokens and spans are in order of their characters.
+
+    A token that begins in the prompt and ends in a word of the answer is refused: generation would be given another
+    prompt than training. Without such a token the prompt is cut into the same tokens whether or not an answer follows.
+    White space that an answer begins with may join with the prompt's last white space; that is kept.
+    """
     labels = [IGNORE_INDEX] * len(input_ids)
     remaining = iter(spans)
     start, end = next(remaining, (0, 0))
@@ -143,6 +140,12 @@ def _labels(input_ids: list[int], offsets: list[Span], spans: list[Span]) -> lis
             start, end = following
         if start < token_end and token_start < end and token_start < token_end:
             labels[position] = input_ids[position]
+            if token_start < start and not text[start:token_end].isspace():
+                raise ValueError(
+                    f"{where}: the tokenizer joins the end of the prompt and the beginning of the answer in one token, "
+                    f"{text[token_start:token_end]!r}, so training would not match generation; let the template's "
+                    "generation prompt end where a token ends (often: without white space)."
+                )
     return labels
 
 

@@ -79,8 +79,8 @@ def test_transparency_becomes_white():
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(image_format):
-    ramp = np.array([[0, 257, 25700, 65535]], np.uint16)
-    assert pixels(encoded(ramp, image_format))[0, :, 0].tolist() == [0, 1, 100, 255]
+    for ramp, shown in (([0, 257, 25900, 65535], [0, 1, 101, 255]), ([0, 200], [0, 1])):
+        assert pixels(encoded(np.array([ramp], np.uint16), image_format))[0, :, 0].tolist() == shown
 
 
 def test_grey_and_cmyk_and_one_bit():
