@@ -137,7 +137,7 @@ class _SelectiveScan2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, *parameters = ctx.saved_tensors
+        saved = x, *parameters = ctx.saved_tensors
         dtype = torch.promote_types(x.dtype, torch.float32)
         low_rank, b, c, weight, bias, a_log, d = (tensor.to(dtype) for tensor in parameters)
         batch, height, width, channels = x.shape
@@ -189,7 +189,7 @@ class _SelectiveScan2d(torch.autograd.Function):
         # d rates / d a_log = rates
         grad_a_log = (grad_rates * rates).transpose(1, 2)
         grads = (grad_x, grad_low_rank, grad_b, grad_c, grad_weight, grad_bias, grad_a_log, grad_d)
-        return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(grads, ctx.saved_tensors, strict=True))
+        return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(grads, saved, strict=True))
 
 
 def _step_size_(out: Tensor, low_rank: Tensor, weight: Tensor, bias: Tensor) -> None:
