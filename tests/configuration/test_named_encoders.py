@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import torch
+from transformers import AutoModel
 
 from ssm_vlm.configuration.named_encoders import ENCODERS, get_named_encoder
 from ssm_vlm.modeling.encoder_loading import LAYOUTS
@@ -77,6 +79,35 @@ def test_mixers_of_the_study_differ_in_nothing_else():
         if "vit" not in name:
             other = ENCODERS[name].config().to_dict()
             assert {key for key in base if base[key] != other[key]} <= allowed, name
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "head_millions"),
+    [  # parameters of the whole vision model as timm's tables give them, and of the classifier among them
+        ("vit_small_patch16.augreg_in1k_224", 22.05, 0.385),
+        ("vit_base_patch16.augreg_in1k_224", 86.57, 0.769),
+        ("deit_tiny_patch16.fb_in1k_224", 5.72, 0.193),
+        ("clip_vit_large_patch14.openai_336", 303.5, 0.0),
+        ("siglip_base_patch16.webli_224", 92.88, 0.0),
+        ("siglip_so400m_patch14.webli_384", 428.23, 0.0),
+        ("dinov2_small_patch14.lvd142m_224", 22.06, 0.0),
+        ("dinov2_base_patch14.lvd142m_224", 86.58, 0.0),
+    ],
+)
+def test_whole_vision_transformers_have_their_published_size(name, millions, head_millions):
+    stock = get_named_encoder(name).config().vision_config
+    with torch.device("meta"):
+        model = AutoModel.from_config(stock)
+    counted = sum(p.numel() for key, p in model.named_parameters() if not key.startswith("pooler."))
+    assert counted / 1e6 + head_millions == pytest.approx(millions, abs=0.3 if "clip" in name else 0.006)
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name.startswith(("vit_", "deit_"))])
+def test_timm_transformers_have_timms_details(name):
+    """What no shape shows: timm's epsilon, and heads of 64 channels."""
+    stock = get_named_encoder(name).config().vision_config
+    assert stock.layer_norm_eps == 1e-6 and stock.hidden_size // stock.num_attention_heads == 64
+    assert stock.hidden_act == "gelu"
 
 
 def test_dense_releases_use_their_trained_norm():

@@ -141,6 +141,12 @@ class TestConvert:
             convert_encoder(tiny_vit, tmp_path / "gone.pth", tmp_path)
         load_encoder(tiny_vit, weights_dir=tmp_path)
 
+    def test_converting_again_replaces_the_folder(self, tiny_vit, tmp_path):
+        (tmp_path / tiny_vit).mkdir()
+        (tmp_path / tiny_vit / "old.txt").write_text("old")
+        convert_encoder(tiny_vit, FIXTURES / "vit_timm.weights.safetensors", tmp_path)
+        assert not (tmp_path / tiny_vit / "old.txt").exists()
+
     def test_own_encoders_have_nothing_to_convert(self, tmp_path):
         with pytest.raises(ValueError, match="has no published weights: this project trains it"):
             convert_encoder("digit_vit.digitscenes_64", tmp_path / "x.pth", tmp_path)
