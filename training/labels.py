@@ -60,7 +60,6 @@ def tokenize_conversation(
     sample = {}
     if image_token_counts is None:
         images = _named_images(messages) if images is None else list(images)
-        _check_count(where, text.count(processor.image_token), len(images))
         if images:
             sample.update(processor.image_processor(images, return_tensors="pt"))
             image_token_counts = [processor.count_image_tokens(h, w) for h, w in sample["image_sizes"].tolist()]
@@ -90,13 +89,6 @@ def _named_images(messages: list[dict[str, Any]]) -> list[Any]:
     parts = chain.from_iterable(m["content"] for m in messages if not isinstance(m["content"], str))
     keys = ("image", "url", "path", "base64")
     return [part[key] for part in parts if part["type"] == "image" for key in keys if part.get(key) is not None]
-
-
-def _check_count(where: str, placeholders: int, images: int) -> None:
-    if placeholders != images:
-        raise ValueError(
-            f"{where} has {placeholders} image placeholders but {images} pictures: each picture needs exactly one."
-        )
 
 
 def _render_with_spans(processor: Any, messages: list[dict[str, Any]], where: str) -> tuple[str, list[Span]]:
@@ -155,7 +147,11 @@ def _cut_and_expand(
     """Cut the text to `max_length`, then repeat each placeholder as often as its picture has tokens. [L], [L]."""
     ids, targets = torch.tensor(input_ids), torch.tensor(labels)
     is_image = ids == image_token_id
-    _check_count(where, int(is_image.sum()), len(counts))
+    if is_image.sum() != len(counts):
+        raise ValueError(
+            f"{where} has {is_image.sum()} image placeholders but {len(counts)} pictures: each picture needs exactly "
+            "one."
+        )
     if max_length is not None:
         keep = is_image | ((~is_image).cumsum(0) <= max_length)
         ids, targets, is_image = ids[keep], targets[keep], is_image[keep]

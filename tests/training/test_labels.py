@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ssm_vlm import LlavaStyleImageProcessor, LlavaStyleProcessor
@@ -97,6 +97,8 @@ def sentencepiece(across_words=False):
     backend.train_from_iterator(CORPUS, trainer)
     if not across_words:
         backend.pre_tokenizer = pre_tokenizers.Sequence([])
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     return wrap(backend)
 
 
@@ -230,6 +232,14 @@ def test_several_pictures_in_order(template):
         assert [int(i) for i in (runs > 1).nonzero()[:, 0] + 1] == [10, 11]
 
 
+def test_a_picture_in_an_answer_is_not_learned():
+    processor = make_processor(CHATML)
+    answer = {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "this one"}]}
+    sample = tokenize_conversation(processor, [user("which?"), answer], [WIDE])
+    assert (sample["labels"][sample["input_ids"] == processor.image_token_id] == -100).all()
+    assert learned(processor, sample) == ["\nthis one<|im_end|>"]
+
+
 def test_pictures_named_in_the_messages(tmp_path):
     WIDE.save(tmp_path / "wide.png")
     processor = make_processor()
@@ -292,6 +302,12 @@ def test_truncation_cuts_text_only(max_length, pictures):
 def test_what_cannot_be_learned_from_is_told(conversation, options, message):
     with pytest.raises(ValueError, match=message):
         tokenize_conversation(make_processor(), conversation, **options, sample_id="row 7")
+
+
+def test_a_generation_prompt_that_answers_do_not_continue_is_told():
+    processor = make_processor(CHATML.replace("assistant\\n", "assistant\\n<think></think>"))
+    with pytest.raises(ValueError, match="does not render message 1 as a continuation of its prompt"):
+        tokenize_conversation(processor, [user("a"), assistant("b")])
 
 
 def test_a_template_that_rewrites_history_is_told():
