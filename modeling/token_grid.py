@@ -6,10 +6,11 @@ placeholders with these numbers, the models check against them and the tests hol
 800x1333 is 50x84 = 4200 tokens; the floor arithmetic of the reference (50x83 = 4150) is wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from transformers import AutoBackbone
 
 Downsampling = list[list]
 """Steps in the order they are applied, each `[stride: int, "ceil" | "floor"]`; JSON-ready."""
@@ -81,6 +82,21 @@ def _patch(config: Any) -> Downsampling:
     return [[config.patch_size, "floor"]]
 
 
+def _timm_backbone(config: Any) -> Downsampling:
+    """Measured, since a timm config is only a name: one row more than four strides shows which way it rounds.
+
+    A timm model that takes its own picture size only (an AssertionError) never has anything to round.
+    """
+    with torch.device("meta"):
+        backbone = AutoBackbone.from_config(config).eval()
+        stride = backbone._backbone.feature_info.reduction()[-1]
+        try:
+            rows = backbone(torch.empty(1, config.num_channels, 4 * stride + 1, 4 * stride)).feature_maps[-1].shape[2]
+        except AssertionError:
+            rows = 4
+    return [[stride, "ceil" if rows == 5 else "floor"]]
+
+
 DOWNSAMPLING: dict[str, Callable[[Any], Downsampling]] = {
     "ssm_vision": _ssm_vision,
     "hidden_state_backbone": lambda config: _patch(config.vision_config),
@@ -89,6 +105,7 @@ DOWNSAMPLING: dict[str, Callable[[Any], Downsampling]] = {
     "convnextv2": _convnext,
     "dinov2": _patch,
     "dinov2_with_registers": _patch,
+    "timm_backbone": _timm_backbone,
 }
 """`model_type` of an encoder config -> its steps up to the tap. A new family of encoders adds one line here."""
 
