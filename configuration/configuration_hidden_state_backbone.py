@@ -101,41 +101,46 @@ class HiddenStateBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     @property
+    def stock_config(self) -> Any:
+        """`vision_config`, which is a config object once this one is made."""
+        return self.vision_config
+
+    @property
     def family(self) -> HiddenStateFamily:
         """What is known about the wrapped model type."""
-        return HIDDEN_STATE_FAMILIES[self.vision_config.model_type]
+        return HIDDEN_STATE_FAMILIES[self.stock_config.model_type]
 
     @property
     def num_blocks(self) -> int:
         """Number of blocks up to and including the tap."""
-        return self.tap_layer % self.vision_config.num_hidden_layers + 1
+        return self.tap_layer % self.stock_config.num_hidden_layers + 1
 
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the first patch token; the adapter drops them."""
-        return self.family.num_prefix_tokens(self.vision_config)
+        return self.family.num_prefix_tokens(self.stock_config)
 
     @property
     def hidden_size(self) -> int:
         """Width at the tap."""
-        return self.vision_config.hidden_size
+        return self.stock_config.hidden_size
 
     @property
     def patch_size(self) -> int:
         """Pixels per side of a patch, which is the total stride at the tap."""
-        size = self.vision_config.patch_size
+        size = self.stock_config.patch_size
         return size[0] if isinstance(size, list | tuple) else size
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels that the position embedding was made for."""
-        size = self.vision_config.image_size
+        size = self.stock_config.image_size
         return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
     @property
     def num_channels(self) -> int:
         """Colour channels of the input."""
-        return self.vision_config.num_channels
+        return self.stock_config.num_channels
 
 
 __all__ = ["HIDDEN_STATE_FAMILIES", "HiddenStateBackboneConfig", "HiddenStateFamily"]

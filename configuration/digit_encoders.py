@@ -13,7 +13,7 @@ from .configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from .configuration_ssm_vision import SSMVisionConfig
 from .encoder_entry import HALF, NamedEncoder, Preprocessing
 
-_DIGITS = Preprocessing(64, 64, **HALF, interpolation="bilinear")
+_DIGITS = Preprocessing(64, 64, *HALF, interpolation="bilinear")
 
 
 def _digit(mixer: str, mlp_ratio: float, **mixer_fields: Any) -> SSMVisionConfig:

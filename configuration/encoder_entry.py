@@ -77,12 +77,13 @@ class NamedEncoder:
     loaded_from_real_file: bool = False
 
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-"""Channel statistics of ImageNet; those of the detection and segmentation releases are the same on a 0-255 scale."""
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of ImageNet's channels. The detection and segmentation releases use the same ones, on a
+0-255 scale."""
 
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-"""Maps [0, 1] to [-1, 1]."""
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Mean and standard deviation that map [0, 1] to [-1, 1]."""
 
-IN1K_224 = Preprocessing(224, 224, **IMAGENET)
+IN1K_224 = Preprocessing(224, 224, *IMAGENET)
 
 __all__ = ["HALF", "IMAGENET", "IN1K_224", "NamedEncoder", "Preprocessing", "WeightSource"]

@@ -77,7 +77,7 @@ def _convnext_in1k(
         flops,
         "Apache-2.0",
         WeightSource(
-            "transformers",
+            "stock_backbone",
             hub_id=f"facebook/convnext-{size}-224",
             discards=(r"encoder\.stages\.3\.", r"layernorm\.", r"classifier\."),
             neutral=(r"hidden_states_norms\.stage3\.",),

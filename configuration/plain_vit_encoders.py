@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig, ViT
 from .configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from .encoder_entry import HALF, IN1K_224, NamedEncoder, Preprocessing, WeightSource
 
-_AUGREG_224 = Preprocessing(224, 224, **HALF)
+_AUGREG_224 = Preprocessing(224, 224, *HALF)
 _OPENAI_336 = Preprocessing(
     336, 336, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
 )
@@ -132,7 +132,7 @@ PLAIN_VIT_ENCODERS = [
         flops=366_033_858_560,
         licence="MIT",
         weights=WeightSource(
-            "transformers",
+            "stock",
             hub_id="openai/clip-vit-large-patch14-336",
             discards=(r"encoder\.layers\.23\.", r"post_layernorm\."),
         ),
@@ -140,12 +140,12 @@ PLAIN_VIT_ENCODERS = [
     NamedEncoder(
         "siglip_base_patch16.webli_224",
         partial(_siglip, 768, 12, 12, 3072, patch=16, size=224),
-        Preprocessing(224, 224, **HALF),
+        Preprocessing(224, 224, *HALF),
         parameters=78_707_712,
         flops=32_049_217_536,
         licence="Apache-2.0",
         weights=WeightSource(
-            "transformers",
+            "stock",
             hub_id="google/siglip-base-patch16-224",
             discards=(r"encoder\.layers\.11\.", r"post_layernorm\.", r"head\."),
         ),
@@ -153,12 +153,12 @@ PLAIN_VIT_ENCODERS = [
     NamedEncoder(
         "siglip_so400m_patch14.webli_384",
         partial(_siglip, 1152, 27, 16, 4304, patch=14, size=384),
-        Preprocessing(384, 384, **HALF),
+        Preprocessing(384, 384, *HALF),
         parameters=397_745_440,
         flops=641_801_428_992,
         licence="Apache-2.0",
         weights=WeightSource(
-            "transformers",
+            "stock",
             hub_id="google/siglip-so400m-patch14-384",
             discards=(r"encoder\.layers\.26\.", r"post_layernorm\.", r"head\."),
         ),
@@ -171,7 +171,7 @@ PLAIN_VIT_ENCODERS = [
         flops=11_236_164_096,
         licence="Apache-2.0",
         weights=WeightSource(
-            "transformers",
+            "stock",
             hub_id="facebook/dinov2-small",
             discards=(r"encoder\.layer\.11\.", r"layernorm\.", r"embeddings\.mask_token"),
         ),
@@ -184,7 +184,7 @@ PLAIN_VIT_ENCODERS = [
         flops=42_481_517_568,
         licence="Apache-2.0",
         weights=WeightSource(
-            "transformers",
+            "stock",
             hub_id="facebook/dinov2-base",
             discards=(r"encoder\.layer\.11\.", r"layernorm\.", r"embeddings\.mask_token"),
         ),

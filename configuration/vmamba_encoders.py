@@ -8,8 +8,8 @@ from functools import partial
 from .configuration_ssm_vision import SSMVisionConfig
 from .encoder_entry import IMAGENET, IN1K_224, NamedEncoder, Preprocessing, WeightSource
 
-_COCO = Preprocessing(800, 1333, **IMAGENET, interpolation="bilinear", geometry="letterbox_corner")
-_ADE20K = Preprocessing(512, 512, **IMAGENET, interpolation="bilinear", geometry="letterbox_corner")
+_COCO = Preprocessing(800, 1333, *IMAGENET, interpolation="bilinear", geometry="letterbox_corner")
+_ADE20K = Preprocessing(512, 512, *IMAGENET, interpolation="bilinear", geometry="letterbox_corner")
 
 _AFTER_TAP = (r"layers\.3\.", r"layers\.2\.downsample\.")
 _VMAMBA_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"

@@ -24,8 +24,7 @@ from .token_grid import encoder_downsampling
 StateDict = dict[str, torch.Tensor]
 
 
-def _rename_stock(state_dict: StateDict) -> StateDict:
-    """A stock model's own names are the adapter's under `vision_model.`; its backbone class has them as they are."""
+def _inside_the_adapter(state_dict: StateDict) -> StateDict:
     return {f"vision_model.{key}": tensor for key, tensor in state_dict.items()}
 
 
@@ -33,9 +32,13 @@ LAYOUTS: dict[str, Callable[[StateDict], StateDict]] = {
     "timm_vit": convert_timm_vit,
     "swin": convert_swin,
     "vmamba": convert_vmamba_state_dict,
+    "stock": _inside_the_adapter,
+    "stock_backbone": dict,
 }
-"""Name in `WeightSource.layout` -> function that renames the keys of a file to ours. The layout "transformers" is not
-here: its files are read by the stock class itself, which knows their older names."""
+"""Name in `WeightSource.layout` -> function that renames the keys of a file to ours."""
+
+_READ_BY_STOCK_CLASS = {"stock", "stock_backbone"}
+"""Layouts of Transformers itself: the stock class reads these files, since it knows their older names."""
 
 _NOT_ARCHITECTURE = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type", "return_dict"}
 _NOT_ARCHITECTURE |= {"transformers_version", "output_attentions", "output_hidden_states", "drop_path_rate"}
@@ -166,14 +169,12 @@ def _load_published(encoder: NamedEncoder, source: str | PathLike) -> PreTrained
     """Reads published weights strictly: what is dropped and what stays neutral is what the table declares."""
     weights, where = encoder.weights, str(source)
     backbone = AutoBackbone.from_config(encoder.config()).eval()
-    if weights.layout == "transformers":
+    if weights.layout in _READ_BY_STOCK_CLASS:
         published = _read_stock(source, backbone.config, weights.discards)
-        convert = _rename_stock if backbone.config.model_type == "hidden_state_backbone" else dict
     else:
-        path = hf_hub_download(where, "model.safetensors") if where == weights.hub_id else Path(source)
-        path = Path(path) / "model.safetensors" if Path(path).is_dir() else path
-        published = {key.removeprefix("backbone."): tensor for key, tensor in read_state_dict(path).items()}
-        convert = LAYOUTS[weights.layout]
+        path = Path(hf_hub_download(where, "model.safetensors") if where == weights.hub_id else source)
+        file = path / "model.safetensors" if path.is_dir() else path
+        published = {key.removeprefix("backbone."): tensor for key, tensor in read_state_dict(file).items()}
     unmet = [pattern for pattern in weights.discards if not any(re.match(pattern, key) for key in published)]
     if unmet:
         raise ValueError(
@@ -181,7 +182,7 @@ def _load_published(encoder: NamedEncoder, source: str | PathLike) -> PreTrained
             "architecture or another file."
         )
     kept = {key: tensor for key, tensor in published.items() if not _matches(weights.discards, key)}
-    converted, ours = convert(kept), backbone.state_dict()
+    converted, ours = LAYOUTS[weights.layout](kept), backbone.state_dict()
     _report(
         where,
         [key for key in ours if key not in converted and not _matches(weights.neutral, key)],
@@ -214,7 +215,7 @@ def _matches(patterns: Iterable[str], key: str) -> bool:
 
 def _architecture(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of a config that decide what it computes, those of configs inside it under `name.field`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in fields.items():
         if isinstance(value, dict) and key not in _NOT_ARCHITECTURE:
             flat |= _architecture(value, f"{prefix}{key}.")

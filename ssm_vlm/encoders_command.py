@@ -45,7 +45,8 @@ def describe(encoder: NamedEncoder) -> dict[str, Any]:
 
 def _table(rows: Iterable[dict[str, Any]]) -> Table:
     table = Table(caption=_FOOT, caption_justify="left")
-    left, right = {"overflow": "fold"}, {"justify": "right", "no_wrap": True}
+    left: dict[str, Any] = {"overflow": "fold"}
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
     columns = {"encoder": {"no_wrap": True}, "tap": left, "canvas": right, "geometry": left, "tokens": right}
     columns |= {"params M": right, "GFLOPs": right, "top-1": right, "licence": left, "loaded": left}
     for heading, options in columns.items():

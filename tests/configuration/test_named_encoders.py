@@ -29,7 +29,7 @@ def test_every_entry_is_whole(name):
     # No published file could be loaded where this table was written; set an entry to True when its file was.
     assert encoder.loaded_from_real_file is False
     if encoder.weights is not None:
-        assert encoder.weights.layout in {*LAYOUTS, "transformers"}
+        assert encoder.weights.layout in LAYOUTS
         assert (encoder.weights.hub_id is None) != (encoder.weights.url is None)
         for pattern in encoder.weights.discards + encoder.weights.neutral:
             re.compile(pattern)

@@ -25,7 +25,7 @@ from ssm_vlm.modeling.checkpoint_files import read_state_dict
 from ssm_vlm.modeling.encoder_loading import convert_encoder, image_processor_arguments, load_encoder
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-PIXELS = Preprocessing(64, 64, **IMAGENET)
+PIXELS = Preprocessing(64, 64, *IMAGENET)
 TINY_VIT = ViTConfig(
     hidden_size=32,
     num_hidden_layers=3,
@@ -86,7 +86,7 @@ class TestConvert:
     def test_preprocessing_travels_with_the_weights(self, tiny_vit, tmp_path):
         folder = convert_encoder(tiny_vit, FIXTURES / "vit_timm.weights.safetensors", tmp_path)
         processor = AutoImageProcessor.from_pretrained(folder)
-        assert list(processor.image_mean) == list(IMAGENET["mean"]) and processor.downsampling == [[16, "floor"]]
+        assert list(processor.image_mean) == list(IMAGENET[0]) and processor.downsampling == [[16, "floor"]]
 
     @pytest.mark.parametrize("dense", [False, True])
     def test_vmamba_files(self, table, tmp_path, dense):
@@ -153,13 +153,13 @@ class TestConvert:
 
 
 class TestStockLayout:
-    """The layout "transformers": a folder in the Hub's form, whatever head it has."""
+    """The layouts of Transformers: a folder in the Hub's form, whatever head it has."""
 
     @staticmethod
     def entry(table, *more_discards, **changes):
         stock = ViTConfig(**(TINY_VIT.to_dict() | changes))
         discards = (r"layers\.2\.", r"layernorm\.", *more_discards)
-        weights = WeightSource("transformers", hub_id="nobody/vit", discards=discards)
+        weights = WeightSource("stock", hub_id="nobody/vit", discards=discards)
         return table("stock_vit.test", lambda: HiddenStateBackboneConfig(vision_config=stock), weights)
 
     @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageClassification])
