@@ -256,7 +256,7 @@ class LlavaStyleImageProcessor(PilBackend):
         for row, picture, placed in zip(pixel_values, pictures, geometries, strict=True):
             canvas = np.asarray(placed.paint(picture, fill, resample))  # [h, w, 3]
             row[:, : placed.canvas_height, : placed.canvas_width] = (canvas * scale - shift).transpose(2, 0, 1)
-        features = BatchFeature({"pixel_values": pixel_values, "image_sizes": image_sizes}, tensor_type=return_tensors)
+        features = {"pixel_values": pixel_values, "image_sizes": image_sizes}
         if return_geometry:
             features["geometry"] = geometries
-        return features
+        return BatchFeature(features, tensor_type=return_tensors)

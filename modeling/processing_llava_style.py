@@ -22,8 +22,6 @@ class LlavaStyleProcessor(ProcessorMixin):
     `apply_chat_template` pads on the left where it adds a generation prompt, unless told otherwise.
     """
 
-    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "geometry"]
-
     def __init__(self, image_processor, tokenizer, chat_template=None, image_token: str = "<image>"):
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
