@@ -95,11 +95,11 @@ def run_study(study: StudyArguments) -> list[StudyRow]:
     }
     language_model = steps.run("language model", lambda: _train_language_model(study, data))
     items = read_items(data, study.split)
-    rows, results = [], {}
+    rows, results, vlms = [], {}, {}
     for name in study.encoders:
         vlm = steps.run(f"vlm {name}", lambda name=name: _train_vlm(study, name, data, language_model.path))
         result = steps.run(f"evaluation {name}", lambda name=name, vlm=vlm: _evaluate(study, vlm.path, items))
-        results[name] = result
+        results[name], vlms[name] = result, vlm
         entry = get_named_encoder(name)
         size = (entry.preprocessing.height, entry.preprocessing.width)
         cost = encoder_cost(entry.config(), *size)
@@ -114,7 +114,7 @@ def run_study(study: StudyArguments) -> list[StudyRow]:
                 seconds=sum(seconds for step, seconds in steps.seconds.items() if step.endswith(name)),
             )
         )
-    steps.run("report", lambda: write_report(folder, rows, results, items, asdict(study), steps.seconds))
+    steps.run("report", lambda: write_report(folder, rows, results, items, asdict(study), steps.seconds, vlms))
     print_table(rows, console)
     console.print(f"\n{folder}/report.html  {folder}/samples.png  {folder}/table.json")
     return rows

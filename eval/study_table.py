@@ -20,7 +20,7 @@ FLOOR_NAMES = {
     "constant_answer": "best constant",
     "constant_answer_per_kind": "best constant per kind",
     "mean_box": "mean box",
-    "blank_image": "blank image",
+    "blank_image": "blank pictures",
 }
 TOY_NOTE = "Ten symbols on plain canvases prove the plumbing, not the science."
 _OF_ONE_MODEL = "blank_image"  # the floor that the model itself sets; the others are the data's
@@ -97,13 +97,15 @@ class StudyRow:
 def _not_beaten(score: TaskScore) -> list[str]:
     """One text that names every floor of the task that is not beaten by `MARGIN`, or none."""
     floors = [
-        f"{FLOOR_NAMES[name]} {100 * score.floors[name]:.1f}"
+        f"{100 * score.floors[name]:.1f} ({FLOOR_NAMES[name]})"
         for name in _GUESSING[score.task]
         if name in score.floors and not score.score >= score.floors[name] + MARGIN
     ]
     if not floors:
         return []
-    return [f"{TASK_NAMES[score.task]} {100 * score.score:.1f} is not {100 * MARGIN:g} above {' or '.join(floors)}"]
+    return [
+        f"{TASK_NAMES[score.task]} {100 * score.score:.1f} is not {100 * MARGIN:g} points above {' or '.join(floors)}"
+    ]
 
 
 @dataclass(frozen=True)
@@ -210,20 +212,21 @@ def _floor_notes(rows: Sequence[StudyRow], names: dict[str, str]) -> list[str]:
         encoders_by_text: dict[str, list[str]] = {}
         for row in rows:
             encoders_by_text.setdefault(_floors_text(row, wanted), []).append(names[row.encoder])
-        for text, encoders in encoders_by_text.items():
-            whose = "" if len(encoders_by_text) == 1 else f" ({', '.join(encoders)})"
-            lines += [f"{title}{whose}: {text}."] if text else []
+        encoders_by_text.pop("", None)
+        one = len(encoders_by_text) == 1
+        texts = [text if one else f"{', '.join(of)} {text}" for text, of in encoders_by_text.items()]
+        lines += [f"{title}: {'; '.join(texts)}."] if texts else []
     return lines
 
 
 def _floors_text(row: StudyRow, wanted: Callable[[str], bool]) -> str:
-    """For example "VQA 38.8 (best constant per kind), 12.2 (best constant); Loc 9.1 (mean box)"."""
+    """For example "VQA 38.8 (best constant per kind), 12.2 (best constant), Loc 9.1 (mean box)"."""
     by_task: dict[str, list[str]] = {}
     for key, value in sorted(row.floors.items(), key=lambda pair: -pair[1]):
         task, _, name = key.partition(": ")
         if wanted(name):
             by_task.setdefault(TASK_NAMES[task], []).append(f"{100 * value:.1f}{_in_brackets(name)}")
-    return "; ".join(f"{task} {', '.join(by_task[task])}" for task in TASK_NAMES.values() if task in by_task)
+    return ", ".join(f"{task} {', '.join(by_task[task])}" for task in TASK_NAMES.values() if task in by_task)
 
 
 def _in_brackets(floor: str) -> str:
@@ -238,7 +241,7 @@ def _chance(rows: Sequence[StudyRow]) -> str:
 
     vqa = widest(lambda row: row.vqa, rows[0].vqa_items)
     boxes = widest(lambda row: row.localisation, rows[0].localisation_items)
-    return f"VQA +-{vqa:.1f}, Loc +-{boxes:.1f}"
+    return f"VQA ±{vqa:.1f}, Loc ±{boxes:.1f}"
 
 
 def warnings(rows: Sequence[StudyRow]) -> list[str]:
@@ -268,9 +271,9 @@ def print_table(rows: Sequence[StudyRow], console: Console) -> None:
         table.add_row(_fold(name.text, room), *texts, style="red" if row.warnings else None)
     console.print(table)
     for line in notes(rows):
-        console.print(line, style="dim", highlight=False)
+        console.print(line, style="dim", highlight=False, markup=False)
     for line in warnings(rows):
-        console.print(line, style="bold white on red", highlight=False)
+        console.print(line, style="bold white on red", highlight=False, markup=False)
 
 
 def _fold(name: str, width: int) -> str:
