@@ -179,7 +179,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         image_features: Sequence[torch.Tensor] | torch.Tensor | None,
     ) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
         """Features [N_i, D] of this rank's images, and a zero that ties dummy work for other ranks to the text."""
-        have_images = pixel_values is not None or image_features is not None
+        have_images = any(images is not None and len(images) > 0 for images in (pixel_values, image_features))
         extra = extra_work(
             self.vision_tower,
             self.connector,

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from llava_style_toys import IMAGE, SIZE, TEXT, VISION, batch, build, pictures, row, text_config, vision_config
+from llava_style_toys import IMAGE, SIZE, TEXT, VISION, batch, build, learn, pictures, row, text_config, vision_config
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -166,3 +166,28 @@ print("equal")
 """
     ran = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
     assert ran.stdout.strip().endswith("equal"), ran.stderr
+
+
+def test_lora_on_the_language_model_with_a_trained_connector(tmp_path):
+    """PEFT's usual recipe: adapters in the language model, the connector trained whole, the encoder left alone."""
+    peft = pytest.importorskip("peft")
+    model = build("ssm_vision")
+    before = copy.deepcopy(model)
+    lora = peft.LoraConfig(r=2, target_modules=r"language_model.*(q|v)_proj", modules_to_save=["connector"])
+    adapted = peft.get_peft_model(model, lora)
+    learn(adapted)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    assert {name.split(".")[2] for name in trained} == {"connector", "language_model"}
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad)
+    adapted.eval().save_pretrained(tmp_path)
+    inputs = {"pixel_values": torch.stack(pictures((SIZE, SIZE))), **batch(row(1, "image", 4, 5))}
+    with torch.no_grad():
+        expected = adapted(**inputs).logits
+        assert not torch.allclose(expected, before(**inputs).logits)
+        loaded = peft.PeftModel.from_pretrained(before, tmp_path).eval()
+        assert torch.equal(loaded(**inputs).logits, expected)
+        torch.testing.assert_close(loaded.merge_and_unload()(**inputs).logits, expected, atol=1e-5, rtol=1e-4)

@@ -110,6 +110,14 @@ def test_text_only_equals_the_language_model_alone():
         assert model(**inputs).image_hidden_states is None
 
 
+@pytest.mark.parametrize("images", [{"pixel_values": torch.zeros(0, 3, 16, 16)}, {"image_features": []}])
+def test_an_empty_batch_of_images_is_text_only(images):
+    model = build()
+    inputs = batch(row(1, 3, 4, 5))
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, **images).logits, model(**inputs).logits)
+
+
 @pytest.mark.parametrize("as_tensor", [True, False])
 @pytest.mark.parametrize("tap_norm", ["none", "layernorm"])
 def test_cached_tap_features_stand_for_pixels(as_tensor, tap_norm):
