@@ -11,7 +11,7 @@ PROCESSOR = LlavaStyleImageProcessor(geometry="letterbox", size=16, downsampling
 
 
 def vqa(number, kind, answer, others=()):
-    answers = (*others, *[answer] * (10 - len(others)))
+    answers = (*[answer] * (10 - len(others)), *others)
     return EvalItem(f"q{number}", f"{number}.png", f"question {number}", "vqa", kind, answers=answers)
 
 
@@ -25,6 +25,7 @@ def test_answers_by_kind_and_their_floors():
     assert score.kinds == {"how many": KindScore(3, pytest.approx(2 / 3)), "is it": KindScore(1, 0.0)}
     assert score.floors == {"constant_answer": 0.5, "constant_answer_per_kind": 0.75}
     assert score.floor_source == "the scored items"
+    assert list(score_answers("vqa", ITEMS[::-1], predictions).kinds) == ["how many", "is it"]
     assert score.box_frame is score.invalid_share is None
 
 
