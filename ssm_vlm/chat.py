@@ -31,7 +31,7 @@ class Session:
         console: where everything is written.
         picture_path: where that picture is from.
         out: file to draw every answer's boxes in, or None.
-        is_short: ask each question with the line for short answers (paper_protocol section 5.3).
+        is_short: ask each question with the line for short answers.
     """
 
     def __init__(

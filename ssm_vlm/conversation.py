@@ -170,15 +170,18 @@ def load_chat_model(name: str, device: str = "cpu", dtype: str = "auto") -> tupl
         name = str(folder)
     try:
         processor = AutoProcessor.from_pretrained(name)
-        model, report = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError, SafetensorError) as error:
         where = f"There is no folder {name}, and from the Hub it" if is_hub_name else f"The model in {name}"
         raise OSError(f"{where} cannot be loaded: {_first_line(error)}") from error
     _check_kind(name, model.config.model_type)
-    if report["missing_keys"]:
+    unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if unfit:
         raise ValueError(
-            f"The weights of {name} lack {len(report['missing_keys'])} tensors that its config asks for, among them "
-            f"{min(report['missing_keys'])}: save the whole model again."
+            f"The weights in {name} do not fit its config.json: {len(unfit)} tensors are missing or of another shape, "
+            f"first {unfit[0]}; save the whole model again."
         )
     return model.to(device).eval(), processor
 
