@@ -121,6 +121,19 @@ def test_a_text_only_template_is_extended_and_stays_what_it_was():
     assert again.chat_template == chatml.chat_template
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        PICTURE_CHATML.replace("{{ '<image>' }}", ""),  # reads the text of a list and loses its pictures
+        PICTURE_CHATML.replace("{{ part['text'] }}", ""),  # reads the pictures and loses the text
+        TEXT_ONLY_CHATML.replace("message['content'] +", "message['content'] | string +"),  # prints the list itself
+    ],
+)
+def test_a_template_that_renders_lists_wrongly_without_complaint_is_extended(template):
+    shown = make_processor(template).apply_chat_template([user(image_part(), "x")])
+    assert shown == "<|im_start|>user\n<image>\nx<|im_end|>\n"
+
+
 def test_a_template_that_takes_pictures_is_left_alone():
     assert make_processor(PICTURE_CHATML).chat_template == PICTURE_CHATML
     assert make_processor(VICUNA_TEMPLATE).chat_template == VICUNA_TEMPLATE
