@@ -16,6 +16,8 @@ class BackboneClassifierConfig(PreTrainedConfig):
             entry is the tap that the head reads.
         pooling: "mean" or "max" over the positions of the normed tap. Max lets a small object decide the class, where
             a mean would dilute it with background.
+        label_groups: Sizes of consecutive groups of labels of which each picture has one, such as [6, 10] for six
+            colours and ten digits; None for one group of all labels, the usual classification.
     """
 
     model_type = "backbone_classifier"
@@ -25,3 +27,9 @@ class BackboneClassifierConfig(PreTrainedConfig):
 
     backbone_config: dict | PreTrainedConfig | None = None
     pooling: Literal["mean", "max"] = "mean"
+    label_groups: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.label_groups is not None and sum(self.label_groups) != self.num_labels:
+            raise ValueError(f"label_groups {self.label_groups} must add up to the {self.num_labels} labels.")

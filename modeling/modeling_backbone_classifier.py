@@ -30,14 +30,18 @@ class BackboneForImageClassification(PreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> ImageClassifierOutput:
-        """Logits of the classes, and cross entropy where labels are given.
+        """Logits of the classes [B, num_labels], and cross entropy where labels are given, summed over label groups.
 
         Args:
             pixel_values: [B, 3, H, W].
-            labels: [B] class indices.
+            labels: [B] class indices; with `label_groups` [B, groups], indices within each group.
         """
         feature_map = self.backbone(pixel_values).feature_maps[-1]  # [B, C, h, w]
         tokens = self.norm(feature_map.flatten(2).transpose(1, 2))  # [B, h*w, C]
         logits = self.classifier(POOLINGS[self.config.pooling](tokens))
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        loss = None
+        if labels is not None:
+            groups = logits.float().split(self.config.label_groups or [self.config.num_labels], dim=1)
+            targets = labels.view(len(labels), len(groups)).unbind(1)
+            loss = sum(map(nn.functional.cross_entropy, groups, targets))
         return ImageClassifierOutput(loss=loss, logits=logits)

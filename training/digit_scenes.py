@@ -38,7 +38,7 @@ COLOURS = {
 BACKGROUNDS = [(20, 20, 24), (70, 70, 74), (44, 36, 30), (26, 40, 46)]
 GROUNDING_PROMPT = 'Please provide the bounding box coordinate of the region this sentence describes: "{}"'
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-FORMAT_VERSION = 3
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,23 @@ class DigitScenesConfig:
         classification_val: single-digit pictures to score encoders on.
         canvases: raw sizes (height, width) in pixels, drawn with equal weight.
         max_digits: at most so many digits in a scene.
-        digit_pixels: smallest and largest side of a digit in pixels.
+        digit_pixels: sides that a digit's square may have, in pixels.
+        grid: digits stand at multiples of so many pixels. A coarser grid needs less training, above all of a ViT whose
+            patches it divides.
         turns: question and answer pairs per training conversation.
         seed: everything is drawn from it.
     """
 
-    train_scenes: int = 8000
-    text_scenes: int = 12000
-    val_scenes: int = 150
-    test_scenes: int = 300
-    classification_train: int = 12000
+    train_scenes: int = 10000
+    text_scenes: int = 8000
+    val_scenes: int = 60
+    test_scenes: int = 150
+    classification_train: int = 16000
     classification_val: int = 1200
     canvases: tuple[tuple[int, int], ...] = ((64, 64), (64, 64), (64, 48), (48, 64))
     max_digits: int = 4
-    digit_pixels: tuple[int, int] = (16, 26)
+    digit_pixels: tuple[int, ...] = (20, 24, 28)
+    grid: int = 4
     turns: int = 8
     seed: int = 7
 
@@ -145,14 +148,14 @@ def draw_scene(
     placed: list[PlacedDigit] = []
     for digit, colour in names:
         for _ in range(40):
-            side = rng.randint(*config.digit_pixels)
+            side = rng.choice(config.digit_pixels)
             glyph = np.asarray(
                 Image.fromarray(glyphs[digit][rng.randrange(len(glyphs[digit]))]).resize(
                     (side, side), Image.Resampling.BICUBIC
                 )
             )
             rows, columns = np.flatnonzero((glyph > 48).any(1)), np.flatnonzero((glyph > 48).any(0))
-            top, left = rng.randint(0, height - side), rng.randint(0, width - side)
+            top, left = (config.grid * rng.randint(0, (length - side) // config.grid) for length in (height, width))
             box = (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
             box = tuple(int(value) for value in box)
             if all(_apart(box, other.box) for other in placed):
@@ -191,34 +194,47 @@ def _colour(rng: random.Random, scene: Scene) -> Iterator[Question]:
 
 def _position(rng: random.Random, scene: Scene) -> Iterator[Question]:
     for placed in scene.digits:
-        yield Question("position", f"Where is the {placed.name}?", " ".join(scene.side(placed)))
+        yield Question("position", f"Where is {rng.choice(_plain_names(scene, placed))}?", " ".join(scene.side(placed)))
 
 
 def _presence(rng: random.Random, scene: Scene) -> Iterator[Question]:
-    """One true and one false statement, so that the kind is balanced; half of the false ones mix two digits' traits."""
-    true = rng.choice(scene.digits)
-    names = {placed.name for placed in scene.digits}
+    """One true and one false statement, so that the kind is balanced; some false ones mix two digits' traits (POPE)."""
+    present = {trait for p in scene.digits for trait in (str(p.digit), f"{p.colour} digit", p.name)}
     mixed = [f"{a.colour} {b.digit}" for a in scene.digits for b in scene.digits]
-    others = [f"{colour} {digit}" for colour in COLOURS for digit in range(10)]
-    pool = [name for name in (mixed if rng.random() < 0.5 else others) if name not in names]
-    false = rng.choice(pool or [name for name in others if name not in names])
-    for name, answer in rng.sample([(true.name, "yes"), (false, "no")], 2):
+    absent = {
+        "digit": [str(digit) for digit in range(10)],
+        "colour": [f"{colour} digit" for colour in COLOURS],
+        "name": [f"{colour} {digit}" for colour in COLOURS for digit in range(10)],
+        "mixed": mixed,
+    }
+    shown = rng.choice(scene.digits)
+    kind = rng.choice(list(absent))
+    true = {"digit": str(shown.digit), "colour": f"{shown.colour} digit"}.get(kind, shown.name)
+    false = [name for name in absent[kind] if name not in present] or [n for n in absent["name"] if n not in present]
+    for name, answer in rng.sample([(true, "yes"), (rng.choice(false), "no")], 2):
         yield Question("presence", f"Is there a {name} in the image?", answer)
+
+
+def _plain_names(scene: Scene, placed: PlacedDigit) -> list[str]:
+    """Names by digit, colour or both that fit this digit alone."""
+    names = {f"the {placed.digit}": "digit", f"the {placed.colour} digit": "colour", f"the {placed.name}": "name"}
+    return [
+        name
+        for name, trait in names.items()
+        if [getattr(p, trait) for p in scene.digits].count(getattr(placed, trait)) == 1
+    ]
 
 
 def referring_expressions(scene: Scene, placed: PlacedDigit) -> list[str]:
     """Expressions that fit this digit alone, shortest first."""
     vertical, horizontal = scene.side(placed)
     digit, colour = f"the {placed.digit}", f"the {placed.colour} digit"
-    candidates: list[tuple[str, Callable[[PlacedDigit], bool]]] = [
-        (digit, lambda p: p.digit == placed.digit),
-        (colour, lambda p: p.colour == placed.colour),
-        (f"the {placed.name}", lambda p: p.name == placed.name),
+    placed_where: list[tuple[str, Callable[[PlacedDigit], bool]]] = [
         (f"{digit} on the {horizontal}", lambda p: p.digit == placed.digit and scene.side(p)[1] == horizontal),
         (f"{colour} at the {vertical}", lambda p: p.colour == placed.colour and scene.side(p)[0] == vertical),
         (f"the {placed.name} on the {horizontal}", lambda p: p.name == placed.name),
     ]
-    return [text for text, fits in candidates if sum(map(fits, scene.digits)) == 1]
+    return _plain_names(scene, placed) + [text for text, fits in placed_where if sum(map(fits, scene.digits)) == 1]
 
 
 def _unique(scene: Scene, trait: Callable[[PlacedDigit], object]) -> list[PlacedDigit]:
@@ -249,19 +265,15 @@ def describe(rng: random.Random, scene: Scene) -> str:
 
 
 def training_turns(rng: random.Random, scene: Scene, turns: int) -> list[tuple[str, str]]:
-    """Prompt and answer pairs of one conversation: every kind the scene admits, then more at random."""
-    by_kind = {kind: list(make(rng, scene)) for kind, make in QUESTION_KINDS.items()} | {"box": ask_boxes(rng, scene)}
-    chosen: list[Question] = []
-    for questions in by_kind.values():
-        rng.shuffle(questions)
-        if questions:
-            chosen.append(questions.pop())
-    rest = [question for questions in by_kind.values() for question in questions]
-    chosen += rng.sample(rest, min(max(turns - len(chosen), 0), len(rest)))
+    """Prompt and answer pairs of one conversation: a box, every kind the scene admits, then more at random."""
+    asked = ask_all(rng, scene)
+    first = [rng.choice([q for q in asked if q.kind == kind]) for kind in sorted({q.kind for q in asked})]
+    rest = [question for question in asked if question not in first]
+    chosen = [rng.choice(ask_boxes(rng, scene)), *first][:turns]
+    chosen += rng.sample(rest, min(turns - len(chosen), len(rest)))
     rng.shuffle(chosen)
     return [
-        (GROUNDING_PROMPT.format(q.text) if q.kind == "box" else f"{q.text}\n{SHORT_ANSWER}", q.answer)
-        for q in chosen[:turns]
+        (GROUNDING_PROMPT.format(q.text) if q.kind == "box" else f"{q.text}\n{SHORT_ANSWER}", q.answer) for q in chosen
     ]
 
 

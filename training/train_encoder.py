@@ -6,6 +6,7 @@ with its image processor, ready to be a `vision_encoder` or a folder of `vision_
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,9 @@ class EncoderArguments:
 
     vision_encoder: str | None = field(default=None, metadata={"help": "Name in the table of encoders."})
     pooling: str = field(default="mean", metadata={"help": "How the head pools positions: mean or max."})
+    attributes: bool = field(
+        default=False, metadata={"help": "Folder names are attributes joined by '_', each a class of its own group."}
+    )
     train_folder: str | None = field(default=None, metadata={"help": "Folder with one folder of pictures per class."})
     val_folder: str | None = field(default=None, metadata={"help": "The same for the accuracy at the end."})
 
@@ -43,13 +47,14 @@ def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory
     set_seed(args.seed)
     backbone = load_encoder(encoder.vision_encoder, pretrained=False)
     image_processor = LlavaStyleImageProcessor(**image_processor_arguments(encoder.vision_encoder))
-    train_set = ImageFolder(encoder.train_folder, image_processor)
-    val_set = ImageFolder(encoder.val_folder, image_processor, train_set.classes)
+    train_set = ImageFolder(encoder.train_folder, image_processor, attributes=encoder.attributes)
+    val_set = ImageFolder(encoder.val_folder, image_processor, attributes=encoder.attributes, groups=train_set.groups)
     config = BackboneClassifierConfig(
         backbone_config=backbone.config,
         pooling=encoder.pooling,
-        id2label=dict(enumerate(train_set.classes)),
-        label2id={name: index for index, name in enumerate(train_set.classes)},
+        id2label=dict(enumerate(train_set.label_names)),
+        label2id={name: index for index, name in enumerate(train_set.label_names)},
+        label_groups=[len(group) for group in train_set.groups],
     )
     model = BackboneForImageClassification(config, backbone)
     trainer = ControlledTrainer(
@@ -58,7 +63,7 @@ def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory
         train_dataset=train_set,
         eval_dataset=val_set,
         data_collator=collate_images,
-        compute_metrics=_accuracy,
+        compute_metrics=partial(_all_right, config.label_groups),
     )
 
     def save(folder: Path) -> None:
@@ -71,8 +76,11 @@ def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory
     return run
 
 
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
+def _all_right(groups: list[int], prediction: EvalPrediction) -> dict[str, float]:
+    """Share of pictures with the right class in every group."""
+    logits = np.split(prediction.predictions, np.cumsum(groups)[:-1], axis=1)
+    chosen = np.stack([group.argmax(1) for group in logits], axis=1)  # [B, groups]
+    return {"accuracy": float((chosen == prediction.label_ids).all(1).mean())}
 
 
 def main(argv: Sequence[str] | None = None) -> RunDirectory:
