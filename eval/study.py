@@ -135,23 +135,31 @@ def _pretrain(study: StudyArguments, name: str, data: Path) -> Any:
     folders = ["--train_folder", f"{data}/classification/train", "--val_folder", f"{data}/classification/val"]
     where = ["--vision_encoder", name, "--output_dir", study.study_dir, "--name", f"encoder-{name}"]
     run = train_encoder([study.encoder_recipe, *where, *folders, *_steps(study.encoder_steps)])
-    link = Path(study.study_dir) / "encoders" / name
+    _link(Path(study.study_dir) / "encoders" / name, Path(run.path.name) / "backbone")
+    return run
+
+
+def _link(link: Path, target: Path) -> None:
+    """A name without hash for the newest run; `target` is relative to the study's folder."""
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
-    link.symlink_to(Path("..") / run.path.name / "backbone")
-    return run
+    link.symlink_to(Path("..") / target)
 
 
 def _train_language_model(study: StudyArguments, data: Path) -> Any:
     where = ["--data_path", f"{data}/text.json", "--output_dir", study.study_dir]
-    return train_language_model([study.language_model_recipe, *where, *_steps(study.language_model_steps)])
+    run = train_language_model([study.language_model_recipe, *where, *_steps(study.language_model_steps)])
+    _link(Path(study.study_dir) / "models" / "language_model", Path(run.path.name))
+    return run
 
 
 def _train_vlm(study: StudyArguments, name: str, data: Path, language_model: Path) -> Any:
     encoder = ["--vision_encoder", name, "--vision_weights_dir", f"{study.study_dir}/encoders"]
     where = ["--language_model", str(language_model), "--output_dir", study.study_dir, "--name", f"vlm-{name}"]
     files = ["--data_path", f"{data}/train.json", "--image_root", f"{data}/images"]
-    return train_vlm([study.vlm_recipe, *encoder, *where, *files, *_steps(study.vlm_steps)])
+    run = train_vlm([study.vlm_recipe, *encoder, *where, *files, *_steps(study.vlm_steps)])
+    _link(Path(study.study_dir) / "models" / name, Path(run.path.name))
+    return run
 
 
 def _evaluate(study: StudyArguments, vlm: Path, items: list[EvalItem]) -> Result:
