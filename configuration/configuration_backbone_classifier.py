@@ -30,6 +30,7 @@ class BackboneClassifierConfig(PreTrainedConfig):
     label_groups: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        kwargs.setdefault("attn_implementation", {})  # keeps that of an encoder which is already built
         super().__post_init__(**kwargs)
         if self.label_groups is not None and sum(self.label_groups) != self.num_labels:
             raise ValueError(f"label_groups {self.label_groups} must add up to the {self.num_labels} labels.")

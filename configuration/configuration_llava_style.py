@@ -47,6 +47,10 @@ class LlavaStyleConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        # An empty choice for each part: without it the parts' own are reset to None, and a language model that was
+        # already built would go on with eager attention and no causal mask.
+        kwargs.setdefault("attn_implementation", {})
+        kwargs.setdefault("experts_implementation", {})
         super().__post_init__(**kwargs)
         if not hasattr(self.vision_config, "out_features"):
             raise ValueError(
