@@ -234,13 +234,15 @@ def _in_brackets(floor: str) -> str:
 
 
 def _chance(rows: Sequence[StudyRow]) -> str:
-    """The widest 95 % interval among the models, as if items were independent and right or wrong."""
+    """The widest 95 % interval among the models, as if items were independent and right or wrong (Wilson, 1927)."""
 
-    def widest(score: Callable[[StudyRow], float], items: int) -> float:
-        return max(196 * math.sqrt(score(row) * (1 - score(row)) / items) for row in rows)
+    def widest(scores: list[float], items: int) -> float:
+        z = 1.96
+        spread = max(math.sqrt(score * (1 - score) / items + z**2 / (4 * items**2)) for score in scores)
+        return 100 * z * spread / (1 + z**2 / items)
 
-    vqa = widest(lambda row: row.vqa, rows[0].vqa_items)
-    boxes = widest(lambda row: row.localisation, rows[0].localisation_items)
+    vqa = widest([row.vqa for row in rows], rows[0].vqa_items)
+    boxes = widest([row.localisation for row in rows], rows[0].localisation_items)
     return f"VQA ±{vqa:.1f}, Loc ±{boxes:.1f}"
 
 

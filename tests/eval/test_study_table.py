@@ -223,7 +223,8 @@ def test_blank_pictures_that_were_not_shown_are_not_mentioned():
 def test_notes_say_what_scores_rest_on():
     text = " ".join(notes([row(vqa=0.5, boxes=0.2)]))
     assert "VQA: 300 questions. Loc: 100 expressions, IoU >= 0.5, frame raw." in text
-    assert "VQA ±5.7, Loc ±7.8" in text, "1.96 standard errors of 0.5 of 300 and 0.2 of 100"
+    assert "VQA ±5.6, Loc ±7.8" in text, "Wilson intervals of 0.5 of 300 and 0.2 of 100"
+    assert "VQA ±0.6" in " ".join(notes([row(vqa=0.0)])), "nothing right of 300 is still no certainty"
     assert "from the scored items" in text and TOY_NOTE in text
 
 
