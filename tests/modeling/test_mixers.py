@@ -109,7 +109,7 @@ def test_global_attention_by_plain_arithmetic():
 
 
 def test_rotary_scores_depend_on_offsets_only():
-    """q at (1, 2) against k at (3, 5) scores like q at (0, 0) against k at (2, 3), and unlike k one row or column on."""
+    """q at (1, 2) against k at (3, 5) scores like q at (0, 0) against k at (2, 3), unlike k one row or column on."""
     like = torch.empty(0, dtype=torch.float64)
     cos, sin = axial_rotary(6, 6, 8, 100.0, like)
     query, key = torch.randn(2, 8, dtype=torch.float64)
