@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -149,6 +149,13 @@ def test_missing_images_are_found_late_or_beforehand(write):
     LlavaConversations(write(REAL_ROWS)[0], images).check_images()
 
 
+def test_rows_keep_their_numbers_when_others_are_skipped(write):
+    nameless = {"image": "gone.png", "conversations": turns("<image>", "A")}
+    data = LlavaConversations(*write([{}, nameless]), on_bad_row="skip")
+    with pytest.raises(FileNotFoundError, match=r"rows.json: row 1, key \"image\": there is no file"):
+        data[0]
+
+
 BAD_FILES = {
     "object": (b'{"a": 1}', r"is not a JSON array of rows \(for one object a line, name the file .jsonl\)"),
     "empty file": (b"", r"is not a JSON array"),
@@ -213,6 +220,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(JSON_VALUES, max_size=6), ascii_only=st.booleans(), indent=st.none() | st.just(2), bom=st.booleans()
 )
