@@ -11,9 +11,9 @@ from transformers import ViTConfig
 
 from .configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from .configuration_ssm_vision import SSMVisionConfig
-from .encoder_entry import HALF, NamedEncoder, Preprocessing
+from .encoder_entry import IMAGENET, NamedEncoder, Preprocessing
 
-_DIGITS = Preprocessing(64, 64, *HALF, interpolation="bilinear")
+_DIGITS = Preprocessing(64, 64, *IMAGENET, interpolation="bilinear")
 # the customary 0.02 suits widths near 1000: at width 96 it starts training an order of magnitude too flat
 _INITIALIZER_RANGE = 0.08
 
