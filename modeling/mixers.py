@@ -33,7 +33,7 @@ class SelectiveScan2dMixer(nn.Module):
         inner = int(config.ssm_ratio * width)
         rank = math.ceil(width / 16) if config.dt_rank == "auto" else config.dt_rank
         states = config.d_state
-        self.rank, self.states, self.gated = rank, states, config.gated
+        self.inner, self.rank, self.states, self.gated = inner, rank, states, config.gated
         self.in_proj = nn.Linear(width, 2 * inner if config.gated else inner, bias=False)
         self.conv = ChannelsLastConv2d(inner, inner, 3, padding=1, groups=inner, bias=config.conv_bias)
         self.x_proj_weight = nn.Parameter(torch.empty(4, rank + 2 * states, inner))

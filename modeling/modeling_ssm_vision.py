@@ -192,14 +192,14 @@ class SSMVisionPreTrainedModel(PreTrainedModel):
 
     def _init_selective_scan(self, mixer: SelectiveScan2dMixer) -> None:
         """Step sizes log-uniform in [dt_min, dt_max], decay rates 1..N, skip 1 (Mamba, arXiv 2312.00752, 3.6)."""
-        inner, rank = mixer.dt_weight.shape[1:]
+        inner, rank = mixer.inner, mixer.rank  # a sharded parameter has no shape here
         init.uniform_(mixer.x_proj_weight, -(inner**-0.5), inner**-0.5)
         init.uniform_(mixer.dt_weight, -(rank**-0.5), rank**-0.5)
         low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
-        dt = torch.exp(torch.rand_like(mixer.dt_bias, dtype=torch.float32) * (high - low) + low).clamp(min=1e-4)
+        dt = torch.exp(torch.rand(4, inner, device=mixer.dt_bias.device) * (high - low) + low).clamp(min=1e-4)
         init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
         states = torch.arange(1, mixer.states + 1, device=mixer.a_log.device, dtype=torch.float32)
-        init.copy_(mixer.a_log, states.log().expand_as(mixer.a_log))
+        init.copy_(mixer.a_log, states.log().expand(4, inner, -1))
         init.ones_(mixer.d)
 
 
