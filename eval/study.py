@@ -1,24 +1,25 @@
 """The controlled study: the same recipe around every encoder, and one table at the end.
 
-`python -m ssm_vlm.eval.study [study.yaml] [--key value ...]`, or `ssm-vlm study`. By default it is the embedded study on
-DigitScenes. Every step is a run directory, so that an interrupted study goes on where it was and a finished step is not
-repeated.
+`python -m ssm_vlm.eval.study [study.yaml] [--key value ...]`, or `ssm-vlm study`. By default it is the embedded study
+on DigitScenes. Every step is a run directory, so that an interrupted study goes on where it was and a finished step is
+not repeated.
 """
 
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration.named_encoders import get_named_encoder
 from ..modeling.token_grid import encoder_downsampling, num_image_tokens
-from ..training.digit_scenes import DigitScenesConfig, write_digit_scenes
-from ..training.recipe import parse_recipe
+from ..training.digit_scenes import EVAL_SPLITS, DigitScenesConfig, write_digit_scenes
+from ..training.recipe import RunDirectory, parse_recipe
 from ..training.train_encoder import main as train_encoder
 from ..training.train_language_model import main as train_language_model
 from ..training.train_vlm import main as train_vlm
@@ -67,39 +68,58 @@ class StudySteps:
         self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.is_file() else {}
 
     def run(self, name: str, step: Callable[[], Any]) -> Any:
-        """Runs a step; one that finds its work done already keeps its first time."""
+        """Runs a step; one that finds its work done already keeps its first time. A training run knows its own."""
         self.number += 1
         self.console.rule(f"[bold]{self.number}/{self.total}  {name}", align="left")
         started = time.perf_counter()
         result = step()
-        self.seconds[name] = max(self.seconds.get(name, 0.0), time.perf_counter() - started)
-        self.file.write_text(json.dumps(self.seconds, indent=1))
+        if isinstance(result, RunDirectory):
+            self.seconds[name] = result.summary["seconds"]
+        else:
+            self.seconds[name] = max(self.seconds.get(name, 0.0), time.perf_counter() - started)
+        if not self.console.quiet:
+            self.file.write_text(json.dumps(self.seconds, indent=1))
         return result
 
 
 def run_study(study: StudyArguments) -> list[StudyRow]:
-    """Runs what is not done yet, prints the table and writes `table.json`, `table.md`, `samples.png`, `report.html`."""
-    console = Console()
+    """Runs what is not done yet, prints the table and writes `table.json`, `table.md`, `samples.png`, `report.html`.
+
+    Under `torchrun` all processes train; the main one does the rest, and the others return no rows.
+
+    Raises:
+        ValueError: no such encoder, split or field of the data's config.
+    """
+    processes = PartialState()
+    console = Console(quiet=not processes.is_main_process)
     for name in study.encoders:
         get_named_encoder(name)
+    if study.split not in EVAL_SPLITS:
+        raise ValueError(f"split is {study.split!r} but must be one of {', '.join(EVAL_SPLITS)}.")
+    config = _data_config(study.data or {})
     folder = Path(study.study_dir)
     folder.mkdir(parents=True, exist_ok=True)
     steps = StudySteps(folder, console, total=3 + 3 * len(study.encoders))
 
-    config = DigitScenesConfig(**(study.data or {}))
-    data = steps.run(
-        "data", lambda: write_digit_scenes(folder / "data", config, lambda line: console.print("  " + line))
-    )
+    with processes.main_process_first():
+        data = steps.run(
+            "data", lambda: write_digit_scenes(folder / "data", config, lambda line: console.print("  " + line))
+        )
     encoder_runs = {
         name: steps.run(f"encoder {name}", lambda name=name: _pretrain(study, name, data)) for name in study.encoders
     }
     language_model = steps.run("language model", lambda: _train_language_model(study, data))
+    vlms = {
+        name: steps.run(f"vlm {name}", lambda name=name: _train_vlm(study, name, data, language_model.path))
+        for name in study.encoders
+    }
+    if not processes.is_main_process:
+        return []
     items = read_items(data, study.split)
-    rows, results, vlms = [], {}, {}
+    rows, results = [], {}
     for name in study.encoders:
-        vlm = steps.run(f"vlm {name}", lambda name=name: _train_vlm(study, name, data, language_model.path))
-        result = steps.run(f"evaluation {name}", lambda name=name, vlm=vlm: _evaluate(study, vlm.path, items))
-        results[name], vlms[name] = result, vlm
+        result = steps.run(f"evaluation {name}", lambda name=name: _evaluate(study, vlms[name].path, items))
+        results[name] = result
         entry = get_named_encoder(name)
         size = (entry.preprocessing.height, entry.preprocessing.width)
         cost = encoder_cost(entry.config(), *size)
@@ -111,13 +131,21 @@ def run_study(study: StudyArguments) -> list[StudyRow]:
                 tokens=num_image_tokens(*size, encoder_downsampling(entry.config())),
                 accuracy=encoder_runs[name].summary["accuracy"],
                 result=result,
-                seconds=sum(seconds for step, seconds in steps.seconds.items() if step.endswith(name)),
+                seconds=sum(steps.seconds[f"{step} {name}"] for step in ("encoder", "vlm", "evaluation")),
             )
         )
     steps.run("report", lambda: write_report(folder, rows, results, items, asdict(study), steps.seconds, vlms))
     print_table(rows, console)
     console.print(f"\n{folder}/report.html  {folder}/samples.png  {folder}/table.json")
     return rows
+
+
+def _data_config(fields_given: dict[str, Any]) -> DigitScenesConfig:
+    names = [f.name for f in fields(DigitScenesConfig)]
+    for name in fields_given:
+        if name not in names:
+            raise ValueError(f"data has the key {name!r}, but the fields of DigitScenes are {', '.join(names)}.")
+    return DigitScenesConfig(**fields_given)
 
 
 def read_items(data: Path, split: str) -> list[EvalItem]:
@@ -131,7 +159,7 @@ def _steps(steps: int | None) -> list[str]:
     return [] if steps is None else ["--max_steps", str(steps)]
 
 
-def _pretrain(study: StudyArguments, name: str, data: Path) -> Any:
+def _pretrain(study: StudyArguments, name: str, data: Path) -> RunDirectory:
     folders = ["--train_folder", f"{data}/classification/train", "--val_folder", f"{data}/classification/val"]
     where = ["--vision_encoder", name, "--output_dir", study.study_dir, "--name", f"encoder-{name}"]
     run = train_encoder([study.encoder_recipe, *where, *folders, *_steps(study.encoder_steps)])
@@ -141,19 +169,22 @@ def _pretrain(study: StudyArguments, name: str, data: Path) -> Any:
 
 def _link(link: Path, target: Path) -> None:
     """A name without hash for the newest run; `target` is relative to the study's folder."""
-    link.parent.mkdir(exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(Path("..") / target)
+    processes = PartialState()
+    if processes.is_main_process:
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("..") / target)
+    processes.wait_for_everyone()
 
 
-def _train_language_model(study: StudyArguments, data: Path) -> Any:
+def _train_language_model(study: StudyArguments, data: Path) -> RunDirectory:
     where = ["--data_path", f"{data}/text.json", "--output_dir", study.study_dir]
     run = train_language_model([study.language_model_recipe, *where, *_steps(study.language_model_steps)])
     _link(Path(study.study_dir) / "models" / "language_model", Path(run.path.name))
     return run
 
 
-def _train_vlm(study: StudyArguments, name: str, data: Path, language_model: Path) -> Any:
+def _train_vlm(study: StudyArguments, name: str, data: Path, language_model: Path) -> RunDirectory:
     encoder = ["--vision_encoder", name, "--vision_weights_dir", f"{study.study_dir}/encoders"]
     where = ["--language_model", str(language_model), "--output_dir", study.study_dir, "--name", f"vlm-{name}"]
     files = ["--data_path", f"{data}/train.json", "--image_root", f"{data}/images"]

@@ -17,6 +17,7 @@ class BackboneForImageClassification(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over pictures, so the Trainer has to scale it
     _supports_sdpa = True
     _supports_flash_attn = True
 

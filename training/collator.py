@@ -31,7 +31,7 @@ class ConversationCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         samples = [
             tokenize_conversation(
-                self.processor, row["messages"], _as_list(row["image"]), self.max_text_length, sample_id=row["id"]
+                self.processor, row["messages"], as_list(row["image"]), self.max_text_length, sample_id=row["id"]
             )
             for row in rows
         ]
@@ -51,7 +51,8 @@ class ConversationCollator:
         return batch
 
 
-def _as_list(image: Any) -> list[Any]:
+def as_list(image: Any) -> list[Any]:
+    """The pictures of a row: none, one, or several."""
     if image is None:
         return []
     return list(image) if isinstance(image, list | tuple) else [image]

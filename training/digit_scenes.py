@@ -39,6 +39,7 @@ BACKGROUNDS = [(20, 20, 24), (70, 70, 74), (44, 36, 30), (26, 40, 46)]
 GROUNDING_PROMPT = 'Please provide the bounding box coordinate of the region this sentence describes: "{}"'
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 FORMAT_VERSION = 1
+EVAL_SPLITS = ("val", "test")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,23 @@ class DigitScenesConfig:
     grid: int = 4
     turns: int = 8
     seed: int = 7
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where no scene can be drawn so."""
+        shortest = min((side for canvas in self.canvases for side in canvas), default=0)
+        if not self.digit_pixels or min(self.digit_pixels) < 1 or max(self.digit_pixels) > shortest:
+            raise ValueError(
+                f"digit_pixels are {list(self.digit_pixels)} and the shortest side of the canvases is {shortest}: "
+                "every digit has to fit into every canvas."
+            )
+        most = 10 * len(COLOURS)
+        if not 1 <= self.max_digits <= most:
+            raise ValueError(
+                f"max_digits is {self.max_digits} but must be from 1 to {most}, all digits in all colours."
+            )
+        for name in ("grid", "turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -307,19 +325,26 @@ def write_digit_scenes(
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    glyphs = split_glyphs(config.seed)
-
-    progress(f"{config.train_scenes} training scenes")
-    _write_train(partial, config, glyphs["train"])
-    progress(f"{config.text_scenes} scenes in words")
-    _write_text(partial, config, glyphs["train"])
-    progress(f"{config.val_scenes + config.test_scenes} scenes to evaluate on")
-    _write_eval(partial, config, {split: glyphs[split] for split in ("val", "test")})
-    progress(f"{config.classification_train + config.classification_val} pictures to classify")
-    _write_classification(partial, config, glyphs)
-    (partial / "digit_scenes.json").write_text(json.dumps(info, indent=1))
-    partial.rename(root)
+    try:
+        _write_parts(partial, config, progress)
+        (partial / "digit_scenes.json").write_text(json.dumps(info, indent=1))
+        partial.rename(root)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return root
+
+
+def _write_parts(root: Path, config: DigitScenesConfig, progress: Callable[[str], None]) -> None:
+    glyphs = split_glyphs(config.seed)
+    progress(f"{config.train_scenes} training scenes")
+    _write_train(root, config, glyphs["train"])
+    progress(f"{config.text_scenes} scenes in words")
+    _write_text(root, config, glyphs["train"])
+    progress(f"{config.val_scenes + config.test_scenes} scenes to evaluate on")
+    _write_eval(root, config, {split: glyphs[split] for split in EVAL_SPLITS})
+    progress(f"{config.classification_train + config.classification_val} pictures to classify")
+    _write_classification(root, config, glyphs)
 
 
 def _write_train(root: Path, config: DigitScenesConfig, glyphs: dict[int, np.ndarray]) -> None:

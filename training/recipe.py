@@ -5,15 +5,23 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
+import re
+import shutil
 import sys
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
@@ -34,6 +42,8 @@ _NOT_IN_HASH = {
     "save_steps",
     "save_strategy",
     "report_to",
+    "per_device_eval_batch_size",
+    "dataloader_pin_memory",
 }
 _NOT_IN_HASH_PREFIXES = ("logging_", "log_", "hub_", "push_to_hub", "eval_")
 
@@ -65,6 +75,11 @@ class RunArguments(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.disable_tqdm is None:  # a log file gets one line of numbers every `logging_steps` instead
+            self.disable_tqdm = not sys.stderr.isatty()
+        if self.disable_tqdm:
+            logging.disable_progress_bar()  # those of loading and saving
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
 
 
@@ -75,55 +90,117 @@ def parse_recipe(argv: Sequence[str] | None, *parts: type) -> tuple[Any, ...]:
 
     Raises:
         ValueError: no such file, not a flat YAML mapping, a key that no part has (the nearest one is named), or a
-            value of the wrong type.
+            value of the wrong type; file and key are named.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(parts, exit_on_error=False)
-    if argv and not argv[0].startswith("-"):
-        parser.set_defaults(**_read_yaml(Path(argv.pop(0)), parts))
+    parser = HfArgumentParser(parts, exit_on_error=False, allow_abbrev=False)
+    actions = {action.dest: action for action in reversed(parser._actions)}  # `--key` stands before its `--no_key`
+    mappings = {key for key, hint in _hints(parts).items() if _takes_mapping(hint)}
     for action in parser._actions:
         action.required = False  # a key that the file gives need not be on the command line too
         if typing.get_origin(action.type) is dict or action.type is dict:
             action.type = _mapping
-    try:
-        *objects, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"The recipe cannot be read: {error}.") from None
+    where, from_file = "the command line", []
+    if argv and not argv[0].startswith("-"):
+        where = argv.pop(0)
+        for key, value in _read_yaml(Path(where), parts).items():
+            if value is None:
+                parser.set_defaults(**{key: None})
+            else:
+                from_file += _as_options(where, actions[key], key, value, key in mappings)
+        _parse(where, parser.parse_known_args, from_file)
+    *objects, rest = _parse(
+        "The command line",
+        partial(parser.parse_args_into_dataclasses, return_remaining_strings=True, look_for_args_file=False),
+        from_file + argv,
+        f"The recipe ({where})",
+    )
     if rest:
         raise ValueError(f"The command line has {rest[0]!r}, which is no key of a recipe{_nearest(rest[0], parts)}.")
     return tuple(objects)
+
+
+def _parse(where: str, parse: Callable[[list[str]], Any], options: list[str], whole: str = "The recipe") -> Any:
+    """Parses options that come from `where`; a value that does not fit together with others is laid to the whole."""
+    try:
+        return parse(options)
+    except argparse.ArgumentError as error:
+        key = (error.argument_name or "").partition("/")[0].lstrip("-")
+        raise ValueError(f"{where}: the key {key!r} has a bad value: {error.message}.") from None
+    except ValueError as error:
+        raise ValueError(f"{whole} cannot be used: {error}") from error
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML in which 2e-5 is a number, as it is in YAML 1.2 and JSON, and not text."""
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _read_yaml(path: Path, parts: Sequence[type]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe file.")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        node, values = yaml.compose(text, _RecipeLoader), yaml.load(text, _RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `key: value` lines.")
-    for key in values:
-        if key not in _keys(parts):
+    known, seen = _hints(parts), set()
+    for key in (key.value for key, _ in node.value):
+        if key not in known:
             raise ValueError(f"{path} has the key {key!r}, which is no key of a recipe{_nearest(key, parts)}.")
-    # argparse reads strings as it reads the command line, so 2e-5, which YAML takes for a string, becomes a number
+        if key in seen:
+            raise ValueError(f"{path} has the key {key!r} twice.")
+        seen.add(key)
     return values
+
+
+def _as_options(where: str, action: argparse.Action, key: str, value: Any, mapping: bool) -> list[str]:
+    """A value of a file as the command line would have it, so that both are read and checked by the same rules."""
+    if isinstance(value, list) and action.nargs == "+" and value:
+        return [f"--{key}", *map(str, value)]
+    if isinstance(value, dict) and mapping:
+        return [f"--{key}={json.dumps(value)}"]
+    if isinstance(value, list | dict):
+        right = "a mapping" if mapping else "a list of at least one value" if action.nargs == "+" else "one value"
+        raise ValueError(f"{where}: the key {key!r} has a bad value: {value!r}, where {right} would be right.")
+    if isinstance(value, bool) and action.type is str:
+        raise ValueError(
+            f"{where}: the key {key!r} has a bad value: YAML reads yes, no, on, off as {value}; put text in quotes."
+        )
+    return [f"--{key}={value}"]
 
 
 def _mapping(text: str) -> dict[str, Any]:
     """`{key: value}` on the command line, in YAML or JSON."""
-    value = yaml.safe_load(text)
+    value = yaml.load(text, _RecipeLoader)
     if not isinstance(value, dict):
-        raise ValueError(f"{text!r} is no mapping")
+        raise argparse.ArgumentTypeError(f"{text!r} is no mapping, such as '{{key: value}}'")
     return value
 
 
-def _keys(parts: Sequence[type]) -> list[str]:
-    return [f.name for part in parts for f in dataclasses.fields(part) if f.init]
+def _hints(parts: Sequence[type]) -> dict[str, Any]:
+    """Every key and its declared type."""
+    return {
+        f.name: hints[f.name]
+        for part, hints in ((part, typing.get_type_hints(part)) for part in parts)
+        for f in dataclasses.fields(part)
+        if f.init
+    }
+
+
+def _takes_mapping(hint: Any) -> bool:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return any((typing.get_origin(option) or option) is dict for option in options)
 
 
 def _nearest(key: str, parts: Sequence[type]) -> str:
-    near = difflib.get_close_matches(key.lstrip("-"), _keys(parts), n=1)
+    near = difflib.get_close_matches(key.lstrip("-").replace("-", "_"), _hints(parts), n=1)
     return f"; did you mean {near[0]!r}" if near else ""
 
 
@@ -147,54 +224,109 @@ def resolved(*objects: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
-def fingerprint(path: str | None) -> str | None:
-    """What a local file or model folder holds, so that a run is named by its inputs' content, not by their place.
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "chat_template*",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.safetensors",
+)
 
-    A file is hashed whole; of a folder, `config.json` and the safetensors files. None where there is nothing local.
+
+def fingerprint(path: str | Path | None) -> str | None:
+    """What a local file or folder holds, so that a run is named by its inputs' content, not by their place.
+
+    Of a file and of a model folder (one with `config.json`: its weights, configs and tokenizer) every byte counts; of
+    any other folder, which may hold a million pictures, the names and sizes of the files below it. None where there is
+    nothing local.
     """
     if path is None or not Path(path).exists():
         return None
-    files = [Path(path)]
-    if files[0].is_dir():
-        files = [file for pattern in ("config.json", "*.safetensors") for file in sorted(files[0].glob(pattern))]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+    root, digest = Path(path), hashlib.sha256()
+    if root.is_file():
+        _count_bytes(root, digest)
+    elif (root / "config.json").is_file():
+        for file in sorted({file for pattern in _MODEL_FILES for file in root.glob(pattern) if file.is_file()}):
+            digest.update(file.name.encode())
+            _count_bytes(file, digest)
+    else:
+        for folder, below, names in os.walk(root, followlinks=True):
+            below.sort()
+            for name in sorted(names):
+                file = Path(folder, name)
+                digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _count_bytes(file: Path, digest: Any) -> None:
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The folder of one run, named by the hash of its resolved recipe and its inputs."""
+    """The folder of one run, named by the hash of its resolved recipe and its inputs.
+
+    Attributes:
+        path: the folder; `begin` makes it.
+        recipe: what `resolved` gave.
+    """
 
     path: Path
+    recipe: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, recipe: dict[str, Any], inputs: Sequence[str | None], args: RunArguments) -> "RunDirectory":
-        """Finds the directory and points `args.output_dir` at it.
+    def of(
+        cls, recipe: dict[str, Any], inputs: Mapping[str, Callable[[], str | None]], args: RunArguments
+    ) -> "RunDirectory":
+        """Finds the directory and points `args.output_dir` at it; on several processes, the main one looks.
 
         Args:
             recipe: what `resolved` gives.
-            inputs: local files and folders that the recipe names; each counts with its content.
+            inputs: by key of the recipe, what gives the fingerprint of that which it names; it takes the place of the
+                key's value. Where it gives None, as for an id on the Hub, the value counts.
         """
         counted = {
             key: value
             for key, value in recipe.items()
             if key not in _NOT_IN_HASH and not key.startswith(_NOT_IN_HASH_PREFIXES)
         }
-        contents = {name: fingerprint(name) for name in inputs if name is not None}
-        for key, value in counted.items():  # the place of an input does not count where its content does
-            if isinstance(value, str) and contents.get(value):
-                counted[key] = contents[value]
-        text = json.dumps([counted, sorted(filter(None, contents.values()))], sort_keys=True)
-        path = Path(args.output_dir) / f"{args.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-        path.mkdir(parents=True, exist_ok=True)
-        (path / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=True))
+        if args.world_size > 1:  # it multiplies the batch
+            counted["world_size"] = args.world_size
+
+        def name() -> str:
+            contents = {key: content() or counted.get(key) for key, content in inputs.items()}
+            return hashlib.sha256(json.dumps(counted | contents, sort_keys=True).encode()).hexdigest()[:10]
+
+        path = Path(args.output_dir) / f"{args.name}-{ask_main_process(name)}"
         args.output_dir = str(path)
-        return cls(path)
+        return cls(path, recipe)
+
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """Makes the folder and keeps every other command that runs the same recipe out of it. Main process only.
+
+        Raises:
+            ValueError: another command is at it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as lock:
+            if os.name == "posix":
+                import fcntl
+
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(f"{self.path} is being trained by another command: wait for it.") from None
+            (self.path / RECIPE_FILE).write_text(yaml.safe_dump(self.recipe, sort_keys=True))
+            yield
 
     @property
     def is_finished(self) -> bool:
@@ -212,10 +344,22 @@ class RunDirectory:
         return json.loads((self.path / FINISHED_MARKER).read_text())
 
     def last_checkpoint(self) -> str | None:
-        """The newest checkpoint that was written to the end; the Trainer writes `trainer_state.json` last."""
-        found = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-        for checkpoint in found:
-            if (checkpoint / "trainer_state.json").is_file():
-                return str(checkpoint)
-            logger.warning(f"{checkpoint} was interrupted while it was written; going on from the one before.")
-        return None
+        """The newest checkpoint that was written to the end, which the Trainer does with `trainer_state.json`.
+
+        Any that were not are deleted, lest the Trainer keep one of them in place of a good one. Main process only.
+        """
+        last = None
+        for checkpoint in sorted(self.path.glob("checkpoint-[0-9]*"), key=lambda p: int(p.name.rpartition("-")[2])):
+            try:
+                json.loads((checkpoint / "trainer_state.json").read_text())
+                last = str(checkpoint)
+            except (OSError, ValueError):
+                logger.warning(f"{checkpoint} was interrupted while it was written; going on without it.")
+                shutil.rmtree(checkpoint)
+        return last
+
+
+def ask_main_process(question: Callable[[], Any]) -> Any:
+    """What the main process answers, on every process: files change, and all have to go by one look at them."""
+    answer = [question() if PartialState().is_main_process else None]
+    return broadcast_object_list(answer)[0]

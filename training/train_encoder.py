@@ -17,7 +17,7 @@ from ..modeling.encoder_loading import image_processor_arguments, load_encoder
 from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from ..modeling.modeling_backbone_classifier import BackboneForImageClassification
 from .image_folder import ImageFolder, collate_images
-from .recipe import RunArguments, RunDirectory, parse_recipe, require, resolved
+from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved
 from .trainer import ControlledTrainer, train_and_save
 
 
@@ -41,7 +41,8 @@ def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory
         The run's directory; its summary holds `accuracy` on `val_folder`.
     """
     require(encoder, "vision_encoder", "train_folder", "val_folder")
-    run = RunDirectory.of(resolved(encoder, args), [f"{encoder.train_folder}/../../digit_scenes.json"], args)
+    folders = {key: partial(fingerprint, getattr(encoder, key)) for key in ("train_folder", "val_folder")}
+    run = RunDirectory.of(resolved(encoder, args), folders, args)
     if run.is_finished:
         return run
     set_seed(args.seed)
@@ -67,9 +68,8 @@ def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory
     )
 
     def save(folder: Path) -> None:
-        trainer.model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
-        trainer.model.backbone.save_pretrained(folder / "backbone")
+        BackboneForImageClassification.from_pretrained(folder).backbone.save_pretrained(folder / "backbone")
         image_processor.save_pretrained(folder / "backbone")
 
     train_and_save(trainer, run, save, lambda: {"accuracy": trainer.evaluate()["eval_accuracy"]})

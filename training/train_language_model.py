@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
@@ -21,7 +21,7 @@ from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from ..modeling.processing_llava_style import LlavaStyleProcessor
 from .collator import ConversationCollator
 from .datasets import LlavaConversations
-from .recipe import RunArguments, RunDirectory, parse_recipe, require, resolved
+from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved
 from .trainer import ControlledTrainer, train_and_save
 
 _SENTENCE_END = re.compile(r"(?<=[.?!:])\s+|[\n\"]|</?s>")
@@ -84,7 +84,9 @@ def _render(data: LlavaConversations, rows: int = 2000) -> list[str]:
 def train_language_model(model_args: LanguageModelArguments, args: RunArguments) -> RunDirectory:
     """Trains, unless the run is already finished. The run directory then holds model and tokenizer."""
     require(model_args, "language_model_config", "data_path")
-    run = RunDirectory.of(resolved(model_args, args), [model_args.data_path], args)
+    if "model_type" not in model_args.language_model_config:
+        raise ValueError("language_model_config lacks the key 'model_type', such as llama.")
+    run = RunDirectory.of(resolved(model_args, args), {"data_path": partial(fingerprint, model_args.data_path)}, args)
     if run.is_finished:
         return run
     data = LlavaConversations(model_args.data_path, None)
@@ -92,11 +94,13 @@ def train_language_model(model_args: LanguageModelArguments, args: RunArguments)
     processor = LlavaStyleProcessor(LlavaStyleImageProcessor(), tokenizer)
     set_seed(args.seed)
     config = AutoConfig.for_model(
-        **model_args.language_model_config,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{
+            **model_args.language_model_config,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
     )
     trainer = ControlledTrainer(
         model=AutoModelForCausalLM.from_config(config),
@@ -106,11 +110,7 @@ def train_language_model(model_args: LanguageModelArguments, args: RunArguments)
         grouping=(data.lengths(0), data.is_multimodal),
     )
 
-    def save(folder: Path) -> None:
-        trainer.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    train_and_save(trainer, run, save)
+    train_and_save(trainer, run, tokenizer.save_pretrained)
     return run
 
 

@@ -4,14 +4,17 @@ One process, `torchrun` and `accelerate launch` all work. The encoder is one key
 change with it.
 """
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.utils import logging
 
 from ..configuration.named_encoders import ENCODERS
 from ..modeling.chat_templates import VICUNA_TEMPLATE
@@ -20,12 +23,11 @@ from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from ..modeling.modeling_llava_style import LlavaStyleForConditionalGeneration
 from ..modeling.processing_llava_style import LlavaStyleProcessor
 from ..modeling.token_grid import encoder_downsampling
-from .collator import ConversationCollator
+from .collator import ConversationCollator, as_list
 from .datasets import LlavaConversations
-from .recipe import RECIPE_FILE, RunArguments, RunDirectory, parse_recipe, require, resolved
+from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved
 from .trainer import ControlledTrainer, train_and_save
 
-logger = logging.get_logger(__name__)
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATES = {"vicuna": VICUNA_TEMPLATE, "own": None}
 
@@ -78,11 +80,7 @@ class DataArguments:
 
 
 def build_processor(model_args: ModelArguments, downsampling: list) -> LlavaStyleProcessor:
-    """Image processor of the encoder and tokenizer of the language model, with `<image>` as a token.
-
-    Raises:
-        ValueError: unknown chat template.
-    """
+    """Image processor of the encoder and tokenizer of the language model, with `<image>` as a token."""
     name = model_args.vision_encoder
     if name in ENCODERS:
         image_processor = LlavaStyleImageProcessor(**image_processor_arguments(name))
@@ -98,10 +96,6 @@ def build_processor(model_args: ModelArguments, downsampling: list) -> LlavaStyl
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    if model_args.chat_template not in CHAT_TEMPLATES:
-        raise ValueError(
-            f"chat_template is {model_args.chat_template!r} but must be one of {', '.join(CHAT_TEMPLATES)}."
-        )
     return LlavaStyleProcessor(
         LlavaStyleImageProcessor(**settings), tokenizer, chat_template=CHAT_TEMPLATES[model_args.chat_template]
     )
@@ -137,17 +131,34 @@ def build_model(
     return model, processor
 
 
+def picture_fingerprint(data: LlavaConversations, most: int = 1000) -> str:
+    """Sizes of the files of up to so many pictures, spread over the data: those of another set are not all the same."""
+    rows = np.flatnonzero(data.is_multimodal)
+    rows = rows[:: max(1, len(rows) // most)]
+    sizes = [os.path.getsize(path) for row in rows.tolist() for path in as_list(data[row]["image"])]
+    return hashlib.sha256(str(sizes).encode()).hexdigest()[:16]
+
+
 def train_vlm(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> RunDirectory:
     """Trains, unless the run is already finished. The run directory then holds the complete model."""
     require(model_args, "vision_encoder", "language_model")
     require(data_args, "data_path")
-    weights = model_args.vision_weights_dir and str(Path(model_args.vision_weights_dir) / model_args.vision_encoder)
-    inputs = [model_args.vision_encoder, weights, model_args.language_model, data_args.data_path]
-    recipe = resolved(model_args, data_args, args)
-    run = RunDirectory.of(recipe, inputs, args)
+    if model_args.chat_template not in CHAT_TEMPLATES:
+        raise ValueError(
+            f"chat_template is {model_args.chat_template!r} but must be one of {', '.join(CHAT_TEMPLATES)}."
+        )
+    data = LlavaConversations(data_args.data_path, data_args.image_root, on_bad_row=data_args.on_bad_row)
+    weights = model_args.vision_weights_dir and Path(model_args.vision_weights_dir) / model_args.vision_encoder
+    inputs = {
+        "vision_encoder": partial(fingerprint, model_args.vision_encoder),
+        "vision_weights_dir": partial(fingerprint, weights),
+        "language_model": partial(fingerprint, model_args.language_model),
+        "data_path": partial(fingerprint, data_args.data_path),
+        "image_root": partial(picture_fingerprint, data),
+    }
+    run = RunDirectory.of(resolved(model_args, data_args, args), inputs, args)
     if run.is_finished:
         return run
-    data = LlavaConversations(data_args.data_path, data_args.image_root, on_bad_row=data_args.on_bad_row)
     data.check_images()
     set_seed(args.seed)
     model, processor = build_model(model_args)
@@ -161,12 +172,7 @@ def train_vlm(model_args: ModelArguments, data_args: DataArguments, args: RunArg
         grouping=(data.lengths(tokens), data.is_multimodal),
     )
 
-    def save(folder: Path) -> None:
-        trainer.model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        (folder / RECIPE_FILE).write_text((run.path / RECIPE_FILE).read_text())
-
-    train_and_save(trainer, run, save)
+    train_and_save(trainer, run, processor.save_pretrained)
     return run
 
 

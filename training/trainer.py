@@ -5,26 +5,50 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 
-from .recipe import RunArguments, RunDirectory
+from .recipe import RunArguments, RunDirectory, ask_main_process
 from .samplers import ModalityLengthGroupedSampler, SamplerEpochCallback
 
-# Norm scales and biases are 1-D; these are not, and still are no weights to decay.
+# Norm scales and biases are 1-D; these are not always, and still are no weights to decay.
 _NEVER_DECAYED = re.compile(
-    r"(^|\.)(a_log|d|dt_bias|position_embeddings?|pos_embed|cls_token|bias|relative_position\w*)$", re.I
+    r"(^|\.)(a_log|d|dt_bias|bias|relative_position_bias_table|layer_scale\w*|\w+_tokens?|class_embedding"
+    r"|(position_embeddings?|embed_positions|wpe|pos_embed)(\.weight)?)$"
 )
 
 
 class NotFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite."""
+
+
+class Stopwatch(TrainerCallback, ExportableState):
+    """Seconds of training, over interruptions: those up to a checkpoint are saved with it."""
+
+    def __init__(self) -> None:
+        self.before, self.started = 0.0, None
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (0.0 if self.started is None else time.perf_counter() - self.started)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"before": self.seconds}}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        self.before = saved["attributes"]["before"] if saved else 0.0
+        self.started = time.perf_counter()
 
 
 class ControlledTrainer(Trainer):
@@ -39,6 +63,10 @@ class ControlledTrainer(Trainer):
 
     def __init__(self, *args: Any, grouping: tuple[Any, Any] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("Nothing is left to train: every part of the model is frozen; unfreeze one.")
+        self.stopwatch = Stopwatch()
+        self.add_callback(self.stopwatch)
         self._sample_ids: list[str] = []
         self._sampler = None
         if grouping is not None:
@@ -79,33 +107,51 @@ class ControlledTrainer(Trainer):
             )
         return loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Stops before the first step of a run that is resumed after its last one, where the Trainer would add one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Waits for all processes, so that the main one writes `trainer_state.json` after everything else."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
 
 def train_and_save(
-    trainer: Trainer, run: RunDirectory, save: Callable[[Path], None], summary: Callable[[], dict[str, Any]] = dict
-) -> dict[str, Any]:
+    trainer: ControlledTrainer,
+    run: RunDirectory,
+    save: Callable[[Path], None],
+    summary: Callable[[], dict[str, Any]] = dict,
+) -> None:
     """Trains from the last complete checkpoint on, saves the model whole, and marks the run as finished.
 
     Args:
-        save: writes the finished model into the folder it is given; called on the main process.
+        save: writes what belongs beside the model, such as its processor, into the folder that already holds the model;
+            called on the main process.
         summary: gives what `finished.json` holds beside the training metrics; called after training, on all processes.
 
     Raises:
+        ValueError: another command trains this run.
         OSError: the disk is full; the last complete checkpoint stays.
     """
-    started = time.perf_counter()
-    try:
-        result = trainer.train(resume_from_checkpoint=run.last_checkpoint())
-        seconds = time.perf_counter() - started
+    main = trainer.is_world_process_zero()
+    with run.begin() if main else nullcontext(), _full_disk_in_one_sentence(run.path):
+        trainer.train(resume_from_checkpoint=ask_main_process(run.last_checkpoint))
         facts = {
             "steps": trainer.state.global_step,
-            "train_loss": result.training_loss,
             "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-            "seconds": seconds,
+            "seconds": trainer.stopwatch.seconds,
             **summary(),
         }
-        if trainer.is_world_process_zero():
-            partial = run.path / "model.partial"
+        partial = run.path / "model.partial"
+        if main:
             shutil.rmtree(partial, ignore_errors=True)
+        trainer.save_model(str(partial))  # on all processes: each may hold a part of the model
+        if main:
+            (partial / TRAINING_ARGS_NAME).unlink()  # a pickle; the recipe says it all
             save(partial)
             for item in partial.iterdir():
                 target = run.path / item.name
@@ -116,12 +162,25 @@ def train_and_save(
             run.finish(facts)
             for checkpoint in run.path.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC,
-                f"The disk that holds {run.path} is full: make room and run the same command again; it goes on from "
-                "the last complete checkpoint",
-            ) from error
-        raise
-    return facts
+    trainer.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _full_disk_in_one_sentence(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full_disk(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk that holds {folder} is full: make room and run the same command again; it goes on from the last "
+            "complete checkpoint",
+        ) from error
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of room, which safetensors and torch.save say in words only."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(
+        re.search(r"No space left|quota exceeded|PytorchStreamWriter|unexpected pos", str(error))
+    )
