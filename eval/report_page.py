@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from .study_table import StudyRow, cells, columns, notes, short_names, warnings
+from .study_table import StudyRow, cells, headings, notes, short_names, warnings
 
 _MAY_DIFFER = ("name", "vision_encoder")  # keys of a recipe
 _COLOURS = 6  # series colours in the style sheet, used in turns
@@ -81,7 +81,7 @@ def render_page(page: Page) -> str:
         style=_STYLE,
         names=short_names(encoders),
         number={encoder: place % _COLOURS for place, encoder in enumerate(encoders)},
-        headings=[column.heading.replace("- ", "") for column in columns(page.rows)],
+        headings=headings(page.rows),
         lines=list(zip(page.rows, cells(page.rows), strict=True)),
         notes=notes(page.rows),
         warnings=warnings(page.rows),

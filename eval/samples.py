@@ -169,7 +169,7 @@ def _answer_cell(
 
 def _box_cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, x: int, top: int, item: EvalItem, answer: Answer) -> None:
     """The picture with the true box and the model's own."""
-    boxes = [LabelledBox(item.box, colour=TRUE_COLOUR)]
+    boxes = [] if item.box is None else [LabelledBox(item.box, colour=TRUE_COLOUR)]
     if answer.box is not None:
         boxes.append(LabelledBox(answer.box, colour=PREDICTED_COLOUR, dashed=True))
     side = _PICTURE["grounding"]

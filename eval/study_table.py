@@ -110,27 +110,26 @@ def _not_beaten(score: TaskScore) -> list[str]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table.
+    """A column of numbers.
 
     Attributes:
-        heading: short words, the unit last.
-        value: the number; None for the encoder's name.
+        heading: short words, the unit last; "- " where a narrow heading may be broken.
+        value: the number.
         form: number -> text.
         better: of two models that learned, the better one has the larger (max) or smaller (min) value; None where
             there is no better.
     """
 
     heading: str
-    value: Callable[[StudyRow], float] | None
+    value: Callable[[StudyRow], float]
     form: Callable[[float], str] = str
     better: Callable[[Sequence[float]], float] | None = None
 
 
 def columns(rows: Sequence[StudyRow]) -> list[Column]:
-    """What every form of the table shows, with the unit of FLOPs that suits all rows."""
+    """What every form of the table shows beside the encoders' names, with the unit of FLOPs that suits all rows."""
     unit, size = ("G", 1e9) if min(row.flops for row in rows) >= 1e9 else ("M", 1e6)
     return [
-        Column("encoder", None),
         Column("params M", lambda row: row.parameters / 1e6, _three_digits),
         Column(f"{unit}FLOPs", lambda row: row.flops / size, lambda value: f"{value:.0f}"),
         Column("tokens", lambda row: row.tokens),
@@ -159,6 +158,11 @@ class Cell:
     best: bool = False
 
 
+def headings(rows: Sequence[StudyRow]) -> list[str]:
+    """Of all columns, the encoders' first."""
+    return ["encoder", *(column.heading.replace("- ", "") for column in columns(rows))]
+
+
 def cells(rows: Sequence[StudyRow]) -> list[list[Cell]]:
     """The table's cells, row by row.
 
@@ -167,12 +171,14 @@ def cells(rows: Sequence[StudyRow]) -> list[list[Cell]]:
     names = short_names([row.encoder for row in rows])
     learned = [row for row in rows if not row.warnings]
     table: list[list[Cell]] = [[Cell(names[row.encoder])] for row in rows]
-    for column in columns(rows)[1:]:
+    for column in columns(rows):
         texts = [column.form(column.value(row)) for row in rows]
         of_learned = {column.form(column.value(row)) for row in learned}
-        best = column.better and len(of_learned) > 1 and column.form(column.better(map(column.value, learned)))
+        best = None
+        if column.better and len(of_learned) > 1:
+            best = column.form(column.better([column.value(row) for row in learned]))
         for row, line, text in zip(rows, table, texts, strict=True):
-            line.append(Cell(text, best=bool(best) and text == best and not row.warnings))
+            line.append(Cell(text, best=text == best and not row.warnings))
     return table
 
 
@@ -255,19 +261,17 @@ def warnings(rows: Sequence[StudyRow]) -> list[str]:
 
 
 def print_table(rows: Sequence[StudyRow], console: Console) -> None:
-    """The table in the terminal, within 80 columns: names are folded, numbers never; warnings in red."""
-    headings = [column.heading.replace("- ", "-\n").replace(" ", "\n") for column in columns(rows)]
+    """The table in the terminal, 80 columns are enough: names are folded, numbers never; warnings in red."""
+    narrow = ["encoder", *(column.heading.replace("- ", "-\n").replace(" ", "\n") for column in columns(rows))]
     lines = cells(rows)
     widths = [
         max(map(len, [*heading.split("\n"), *(line[place].text for line in lines)]))
-        for place, heading in enumerate(headings)
+        for place, heading in enumerate(narrow)
     ]
-    room = max(8, min(console.width, 80) - sum(widths[1:]) - len(widths) - 1)
+    room = max(8, console.width - sum(widths[1:]) - len(widths) - 1)
     table = Table(title="Which encoder?", title_justify="left", box=SIMPLE_HEAD, padding=0)
-    for heading in headings:
-        table.add_column(
-            heading, justify="right" if heading in headings[1:] else "left", no_wrap=True, vertical="bottom"
-        )
+    for place, heading in enumerate(narrow):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True, vertical="bottom")
     for row, (name, *numbers) in zip(rows, lines, strict=True):
         texts = [Text(cell.text, style="bold green" if cell.best else "") for cell in numbers]
         table.add_row(_fold(name.text, room), *texts, style="red" if row.warnings else None)
@@ -295,8 +299,7 @@ def _fold(name: str, width: int) -> str:
 
 def markdown_table(rows: Sequence[StudyRow]) -> str:
     """The same table for a README."""
-    headings = [column.heading.replace("- ", "") for column in columns(rows)]
-    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    lines = ["| " + " | ".join(headings(rows)) + " |", "|---" + "|---:" * len(columns(rows)) + "|"]
     for row in cells(rows):
         lines.append("| " + " | ".join(f"**{cell.text}**" if cell.best else cell.text for cell in row) + " |")
     lines += ["", *(f"> **{line}**\n" for line in warnings(rows)), *(f"{line}\n" for line in notes(rows))]
