@@ -88,9 +88,9 @@ def test_the_file_goes_over_the_defaults_and_the_command_line_over_the_file(reci
         ("needed: a=b", Toy(needed="a=b")),
         ("needed: 5", Toy(needed="5")),
         ("names: single", Toy(names=["single"])),
-        ("config: {eps: 1e-6, deep: {list: [1, x], none: null}}", Toy(config={"eps": 1e-6, "deep": {"list": [1, "x"], "none": None}})),
+        ("config: {eps: 1e-6, a: {b: [1, x], c: null}}", Toy(config={"eps": 1e-6, "a": {"b": [1, "x"], "c": None}})),
     ],
-)  # fmt: skip
+)
 def test_values_of_a_file(recipe, text, expected):
     found = toy(recipe(text + "\n"))
     assert found == expected
@@ -405,9 +405,9 @@ def test_a_run_is_finished_once_its_summary_is_whole(inputs):
 
 def test_two_commands_cannot_train_one_run_at_a_time(inputs):
     run = run_of(inputs)
-    with run.begin():
-        with pytest.raises(ValueError, match="is being trained by another command"), run_of(inputs).begin():
-            pass
+    refused = pytest.raises(ValueError, match="is being trained by another command")
+    with run.begin(), refused, run_of(inputs).begin():
+        pass
     with run_of(inputs).begin():
         assert yaml.safe_load((run.path / "recipe.yaml").read_text())["use_cpu"] is True
 
