@@ -19,6 +19,9 @@ class LlavaStyleConfig(PreTrainedConfig):
         connector_seed: Seed of the connector's own random generator. None means the width of the tap, the rule of the
             paper's code, so that two runs on the same encoder start from the same connector.
         tap_norm: "layernorm" puts a LayerNorm without parameters over the channels of the tap, "none" leaves it raw.
+        token_positions: "sincos2d" adds fixed codes of each token's row and column to the features after the tap norm,
+            alike for every encoder; "none", as in the paper, leaves the place of a token to the language model's own
+            order of tokens and to what an encoder lets through of it.
         image_token_id: Id of the token that stands for one image feature in `input_ids`. It may lie outside the
             language model's vocabulary, since its embedding is never looked up. None allows text only.
         freeze_vision: Run the encoder under `no_grad` and in `eval()` mode.
@@ -40,6 +43,7 @@ class LlavaStyleConfig(PreTrainedConfig):
     connector: str = "mlp2"
     connector_seed: int | None = None
     tap_norm: Literal["none", "layernorm"] = "none"
+    token_positions: Literal["none", "sincos2d"] = "none"
     image_token_id: int | None = None
     freeze_vision: bool = True
     vision_train_mode: bool = False

@@ -22,6 +22,8 @@ from ..configuration.configuration_llava_style import LlavaStyleConfig
 from .connectors import Connector, ConnectorLinear
 from .image_batches import check_image_tokens, check_tap_features, group_by_size
 from .rank_balance import dummy_picture, extra_work
+from .token_grid import encoder_downsampling, grid_size
+from .token_positions import TOKEN_POSITIONS
 
 logger = logging.get_logger(__name__)
 
@@ -144,13 +146,32 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
             return self.get_tap_features(pixel_values, image_sizes)
         return check_tap_features(image_features, self.connector.in_features)
 
-    def project(self, tap_features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tap norm and connector on n tensors [N_i, C], giving n tensors [N_i, D]."""
+    def _grids(self, pixel_values, image_sizes, count: int) -> list[tuple[int, int]] | None:
+        """Rows and columns of each image's tokens, where token positions need them."""
+        if TOKEN_POSITIONS[self.config.token_positions] is None:
+            return None
+        if image_sizes is None and pixel_values is None:
+            raise ValueError("Cached image_features need image_sizes too, since token_positions depends on the grid.")
+        sizes = [pixel_values.shape[-2:]] * count if image_sizes is None else image_sizes.tolist()
+        return [grid_size(*size, encoder_downsampling(self.config.vision_config)) for size in sizes]
+
+    def project(
+        self, tap_features: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]] | None = None
+    ) -> list[torch.Tensor]:
+        """Tap norm, token positions and connector on n tensors [N_i, C], giving n tensors [N_i, D].
+
+        Args:
+            grids: Rows and columns (h, w) of each image's tokens, h * w = N_i; needed where `token_positions` is set.
+        """
         lengths = [len(features) for features in tap_features]
         weight = self.connector.layers[0].weight
         tokens = torch.cat([features.to(weight.device) for features in tap_features])  # [sum N_i, C]
-        tokens = TAP_NORMS[self.config.tap_norm](tokens).to(weight.dtype)
-        return list(self.connector(tokens).split(lengths))
+        tokens = TAP_NORMS[self.config.tap_norm](tokens)
+        if grids is not None:
+            encode = TOKEN_POSITIONS[self.config.token_positions]
+            codes = {grid: encode(*grid, tokens.shape[-1]) for grid in set(grids)}
+            tokens = tokens + torch.cat([codes[grid] for grid in grids]).to(tokens)
+        return list(self.connector(tokens.to(weight.dtype)).split(lengths))
 
     @can_return_tuple
     def get_image_features(
@@ -170,7 +191,8 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
             `pooler_output`: n tensors [N_i, D], one for each image.
         """
         tap_features = self._tap_features(pixel_values, image_sizes, image_features)
-        return BaseModelOutputWithPooling(pooler_output=self.project(tap_features))
+        grids = self._grids(pixel_values, image_sizes, len(tap_features))
+        return BaseModelOutputWithPooling(pooler_output=self.project(tap_features, grids))
 
     def _features_and_zero(
         self,
@@ -195,7 +217,10 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
             tap_features.append(torch.zeros(1, self.connector.in_features))
         if not tap_features:
             return None, None
-        projected = self.project(tap_features)  # one call of the connector, as on every other rank
+        grids = self._grids(pixel_values, image_sizes, images) if have_images else None
+        if grids is not None:  # dummies count zero times, wherever they lie
+            grids += [(1, len(features)) for features in tap_features[images:]]
+        projected = self.project(tap_features, grids)  # one call of the connector, as on every other rank
         zero = sum(features[:0].sum() for features in projected[images:]) if len(projected) > images else None
         return (projected[:images] if have_images else None), zero
 
@@ -335,7 +360,10 @@ class LlavaStyleForConditionalGeneration(LlavaStyleModel, GenerationMixin):
         if image_features is not None:
             if kwargs.get("pixel_values") is not None:
                 raise ValueError("Give either pixel_values or image_features (cached tap features), not both.")
-            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(image_features=image_features)}
+            encoded = self.get_image_features(
+                image_features=image_features, image_sizes=kwargs.pop("image_sizes", None)
+            )
+            kwargs["mm_encoder_outputs"] = {"image": encoded}
         return super().generate(*args, **kwargs)
 
     @can_return_tuple

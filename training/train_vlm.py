@@ -54,6 +54,9 @@ class ModelArguments:
     tap_norm: str = field(
         default="layernorm", metadata={"help": "none, or layernorm without parameters on the encoder's features."}
     )
+    token_positions: str = field(
+        default="none", metadata={"help": "none, or sincos2d: fixed codes of row and column on the features."}
+    )
     geometry: str | None = field(
         default=None, metadata={"help": "How pictures become pixels; by default the encoder's."}
     )
@@ -122,6 +125,7 @@ def build_model(
         connector=model_args.connector,
         connector_seed=model_args.connector_seed,
         tap_norm=model_args.tap_norm,
+        token_positions=model_args.token_positions,
         freeze_vision=model_args.freeze_vision,
         vision_train_mode=model_args.vision_train_mode,
         box_frame=model_args.box_frame,
