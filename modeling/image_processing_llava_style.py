@@ -7,8 +7,10 @@ pixels whether or not torchvision is installed.
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from http.client import HTTPException
 from io import BytesIO
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -16,7 +18,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension, PILImageResampling
-from transformers.image_utils import load_image as load_remote_image
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .geometry import Geometry, make_geometry, square_side
@@ -24,6 +25,8 @@ from .geometry import Geometry, make_geometry, square_side
 _TRANSPARENT_BACKGROUND = (255, 255, 255, 255)
 _HIGH_DEPTH_MODES = {"I;16", "I;16L", "I;16B", "I;16N", "I", "F"}
 _REMOTE = ("http://", "https://", "data:image/")
+_SECONDS_TO_WAIT = 30
+_SHOWN_OF_URL = 80  # characters; a data URL may have millions
 
 
 class LlavaStyleImagesKwargs(ImagesKwargs, total=False):
@@ -51,13 +54,14 @@ def load_image(source: Any, input_data_format: str | ChannelDimension | None = N
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: the URL cannot be read.
         ValueError: the file cannot be decoded, or the array is not a picture.
         TypeError: `source` is none of the above.
     """
     if isinstance(source, np.ndarray | torch.Tensor):
         return _array_to_rgb(source, input_data_format)
     if isinstance(source, str) and source.startswith(_REMOTE):
-        return load_remote_image(source)
+        source = _download(source)
     if isinstance(source, Image.Image):
         what, opened = "the given picture", nullcontext(source)
     elif isinstance(source, bytes | bytearray):
@@ -79,6 +83,16 @@ def load_image(source: Any, input_data_format: str | ChannelDimension | None = N
         raise ValueError(f"Cannot decode {what}: it is not of an image format that Pillow reads.") from None
     except Exception as error:  # on broken data Pillow's decoders raise OSError, SyntaxError, RuntimeError and others
         raise ValueError(f"Cannot decode {what}: {str(error).rstrip('.')}.") from error
+
+
+def _download(url: str) -> bytes:
+    """What an http(s) or data URL holds."""
+    shown = url if len(url) <= _SHOWN_OF_URL else f"{url[:_SHOWN_OF_URL]}..."
+    try:
+        with urlopen(url, timeout=_SECONDS_TO_WAIT) as response:
+            return response.read()
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: no base64, no host
+        raise OSError(f"Cannot read the picture at {shown!r}: {str(error).rstrip('.')}.") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,7 +1,11 @@
 """Any picture becomes the right pixels, or one sentence."""
 
+import base64
 import io
 import pathlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -36,11 +40,38 @@ def test_paths_bytes_and_pictures_are_the_same(tmp_path):
         assert np.array_equal(pixels(source), GRADIENT)
 
 
-def test_a_data_url():
-    import base64
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Address of a web server that holds the files of `tmp_path`."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
 
-    url = "data:image/png;base64," + base64.b64encode(encoded(GRADIENT, "PNG")).decode()
-    assert np.array_equal(pixels(url), GRADIENT)
+
+@pytest.mark.parametrize(
+    "array",
+    [GRADIENT, np.full((3, 2), 40000, np.uint16), np.dstack([GRADIENT, np.zeros_like(GRADIENT[..., 0])])],
+    ids=["colours", "16 bits", "transparent"],
+)
+def test_a_url_shows_what_its_file_does(array, server, tmp_path):
+    data = encoded(array, "PNG")
+    (tmp_path / "picture.png").write_bytes(data)
+    for url in ("data:image/png;base64," + base64.b64encode(data).decode(), f"{server}/picture.png"):
+        assert np.array_equal(pixels(url), pixels(data))
+
+
+def test_urls_that_hold_no_picture_are_told_in_one_sentence(server):
+    with pytest.raises(OSError, match=r"^Cannot read the picture at 'http://127.*/none.png': HTTP Error 404: .*\.$"):
+        load_image(f"{server}/none.png")
+    with pytest.raises(OSError, match=r"^Cannot read the picture at 'http://127.0.0.1:9/x.png': .*refused.*\.$"):
+        load_image("http://127.0.0.1:9/x.png")
+    with pytest.raises(OSError, match=r"^Cannot read the picture at 'data:image/png;base64,A{58}\.\.\.': .*\.$"):
+        load_image("data:image/png;base64," + "A" * 1001)
+    with pytest.raises(ValueError, match=r"^Cannot decode the given bytes: it is not of an image format"):
+        load_image("data:image/png;base64,AAAA")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
