@@ -1,7 +1,9 @@
 """The mixer slot of the hierarchical encoder: modules that let positions of a map exchange information.
 
 A mixer is built as `Mixer(config, stage, block)`, maps [B, H, W, C] to [B, H, W, C] for any H and W, and owns the
-configuration fields it reads. Attention mixers run torch's scaled dot product attention, which picks its own kernel.
+configuration fields it reads. Linear layers, convolutions and norms in it are initialised like all others of the
+encoder; a mixer with parameters of its own fills them in `init_parameters(config)`. Attention mixers run torch's scaled
+dot product attention, which picks its own kernel.
 """
 
 import math
@@ -9,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from ..configuration.configuration_ssm_vision import SSMVisionConfig
 from .ops.selective_scan_2d import selective_scan_2d
@@ -43,6 +46,18 @@ class SelectiveScan2dMixer(nn.Module):
         self.d = nn.Parameter(torch.empty(4, inner))
         self.out_norm = nn.LayerNorm(inner, eps=config.layer_norm_eps)
         self.out_proj = nn.Linear(inner, width, bias=False)
+
+    def init_parameters(self, config: SSMVisionConfig) -> None:
+        """Step sizes log-uniform in [dt_min, dt_max], decay rates 1..N, skip 1 (Mamba, arXiv 2312.00752, 3.6)."""
+        inner, rank = self.inner, self.rank  # a sharded parameter has no shape here
+        init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
+        init.uniform_(self.dt_weight, -(rank**-0.5), rank**-0.5)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.exp(torch.rand(4, inner, device=self.dt_bias.device) * (high - low) + low).clamp(min=1e-4)
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
+        states = torch.arange(1, self.states + 1, device=self.a_log.device, dtype=torch.float32)
+        init.copy_(self.a_log, states.log().expand(4, inner, -1))
+        init.ones_(self.d)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.in_proj(x)  # [B, H, W, E], gated: [B, H, W, 2E]

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_ssm_vision import SSMVisionConfig
-from .mixers import MIXERS, ChannelsLastConv2d, SelectiveScan2dMixer
+from .mixers import MIXERS, ChannelsLastConv2d
 
 
 class SSMVisionStemConv4(nn.Module):
@@ -178,7 +178,7 @@ class SSMVisionPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """VMamba's initialisation: Linear truncated normal, convolutions torch's default, SS2D as Mamba's S6."""
+        """VMamba's initialisation: Linear truncated normal, convolutions torch's default; mixers fill the rest."""
         super()._init_weights(module)  # norms
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
@@ -187,20 +187,8 @@ class SSMVisionPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = module.weight[0].numel() ** -0.5
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, SelectiveScan2dMixer):
-            self._init_selective_scan(module)
-
-    def _init_selective_scan(self, mixer: SelectiveScan2dMixer) -> None:
-        """Step sizes log-uniform in [dt_min, dt_max], decay rates 1..N, skip 1 (Mamba, arXiv 2312.00752, 3.6)."""
-        inner, rank = mixer.inner, mixer.rank  # a sharded parameter has no shape here
-        init.uniform_(mixer.x_proj_weight, -(inner**-0.5), inner**-0.5)
-        init.uniform_(mixer.dt_weight, -(rank**-0.5), rank**-0.5)
-        low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
-        dt = torch.exp(torch.rand(4, inner, device=mixer.dt_bias.device) * (high - low) + low).clamp(min=1e-4)
-        init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
-        states = torch.arange(1, mixer.states + 1, device=mixer.a_log.device, dtype=torch.float32)
-        init.copy_(mixer.a_log, states.log().expand(4, inner, -1))
-        init.ones_(mixer.d)
+        elif hasattr(module, "init_parameters"):
+            module.init_parameters(self.config)
 
 
 class SSMVisionTrunk(SSMVisionPreTrainedModel):
