@@ -42,13 +42,11 @@ class StudyArguments:
         default_factory=lambda: ["digit_vmamba.digitscenes_64", "digit_vit.digitscenes_64"],
         metadata={"help": "Names in the table of encoders, one row of the result each."},
     )
-    encoder_recipe: str = field(
-        default=str(RECIPES / "digit_encoder.yaml"), metadata={"help": "Recipe of the encoders' pretraining."}
-    )
+    encoder_recipe: str = field(default="digit_encoder.yaml", metadata={"help": "Recipe of the encoders' pretraining."})
     language_model_recipe: str = field(
-        default=str(RECIPES / "digit_language_model.yaml"), metadata={"help": "Recipe of the language model."}
+        default="digit_language_model.yaml", metadata={"help": "Recipe of the language model."}
     )
-    vlm_recipe: str = field(default=str(RECIPES / "digit_vlm.yaml"), metadata={"help": "Recipe of every VLM."})
+    vlm_recipe: str = field(default="digit_vlm.yaml", metadata={"help": "Recipe of every VLM."})
     encoder_steps: int | None = field(default=None, metadata={"help": "Steps instead of the recipe's."})
     language_model_steps: int | None = field(default=None, metadata={"help": "Steps instead of the recipe's."})
     vlm_steps: int | None = field(default=None, metadata={"help": "Steps instead of the recipe's."})
@@ -155,6 +153,11 @@ def read_items(data: Path, split: str) -> list[EvalItem]:
     return vqa + read_refcoco(data / "refs(digits).json", data / "instances.json", images, split)
 
 
+def _recipe(name: str) -> str:
+    """A recipe file of the user's own, or one that the library ships."""
+    return name if Path(name).is_file() else str(RECIPES / name)
+
+
 def _steps(steps: int | None) -> list[str]:
     return [] if steps is None else ["--max_steps", str(steps)]
 
@@ -162,7 +165,7 @@ def _steps(steps: int | None) -> list[str]:
 def _pretrain(study: StudyArguments, name: str, data: Path) -> RunDirectory:
     folders = ["--train_folder", f"{data}/classification/train", "--val_folder", f"{data}/classification/val"]
     where = ["--vision_encoder", name, "--output_dir", study.study_dir, "--name", f"encoder-{name}"]
-    run = train_encoder([study.encoder_recipe, *where, *folders, *_steps(study.encoder_steps)])
+    run = train_encoder([_recipe(study.encoder_recipe), *where, *folders, *_steps(study.encoder_steps)])
     _link(Path(study.study_dir) / "encoders" / name, Path(run.path.name) / "backbone")
     return run
 
@@ -179,7 +182,7 @@ def _link(link: Path, target: Path) -> None:
 
 def _train_language_model(study: StudyArguments, data: Path) -> RunDirectory:
     where = ["--data_path", f"{data}/text.json", "--output_dir", study.study_dir]
-    run = train_language_model([study.language_model_recipe, *where, *_steps(study.language_model_steps)])
+    run = train_language_model([_recipe(study.language_model_recipe), *where, *_steps(study.language_model_steps)])
     _link(Path(study.study_dir) / "models" / "language_model", Path(run.path.name))
     return run
 
@@ -188,7 +191,7 @@ def _train_vlm(study: StudyArguments, name: str, data: Path, language_model: Pat
     encoder = ["--vision_encoder", name, "--vision_weights_dir", f"{study.study_dir}/encoders"]
     where = ["--language_model", str(language_model), "--output_dir", study.study_dir, "--name", f"vlm-{name}"]
     files = ["--data_path", f"{data}/train.json", "--image_root", f"{data}/images"]
-    run = train_vlm([study.vlm_recipe, *encoder, *where, *files, *_steps(study.vlm_steps)])
+    run = train_vlm([_recipe(study.vlm_recipe), *encoder, *where, *files, *_steps(study.vlm_steps)])
     _link(Path(study.study_dir) / "models" / name, Path(run.path.name))
     return run
 
