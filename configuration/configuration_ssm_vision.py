@@ -4,6 +4,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
 MIXER_NAMES = ("ss2d", "dwconv", "window_attention", "global_attention", "identity")
@@ -49,7 +50,8 @@ class SSMVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         rope_theta: (attention) base of the two-dimensional rotary position encoding.
 
     Raises:
-        ValueError: for an unknown mixer, lists of different length, or a width that does not fit.
+        ValueError: for an unknown mixer or activation, lists of different length, a width that does not fit, or a
+            number that is too small.
     """
 
     model_type = "ssm_vision"
@@ -94,7 +96,7 @@ class SSMVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_stages()
 
     def _check_stages(self):
-        """Stages, mixers and widths agree."""
+        """Stages, mixers and widths agree, and no number is too small."""
         stages = len(self.depths)
         if (
             not 1 <= stages <= 4
@@ -116,6 +118,17 @@ class SSMVisionConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.dwconv_kernel % 2 == 0:
             raise ValueError(f"SSMVisionConfig: dwconv_kernel must be odd, got {self.dwconv_kernel}.")
+        least = {"head_dim": 1, "window_size": 1, "dwconv_kernel": 1, "d_state": 1, "num_channels": 1, "mlp_ratio": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"SSMVisionConfig: {name} must be at least {smallest}, got {getattr(self, name)}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"SSMVisionConfig: there is no activation {self.hidden_act!r} for hidden_act, use for example 'gelu'."
+            )
+        for name in ("ssm_ratio", "dwconv_ratio"):
+            if int(getattr(self, name) * min(self.hidden_sizes)) < 1:
+                raise ValueError(f"SSMVisionConfig: {name}={getattr(self, name)} leaves a mixer no inner channel.")
         for width, mixer in zip(self.hidden_sizes, self.mixers, strict=True):
             if mixer.endswith("attention") and (self.head_dim % 4 or width % self.head_dim):
                 raise ValueError(

@@ -81,6 +81,10 @@ def test_every_field_is_documented():
         ({"dwconv_kernel": 4}, r"dwconv_kernel must be odd, got 4"),
         ({"mixer": "global_attention", "head_dim": 64}, r"divides the stage width, got head_dim=64 for width 96"),
         ({"mixer": "window_attention", "head_dim": 6}, r"multiple of 4 and divides the stage width, got head_dim=6"),
+        ({"mixer": "window_attention", "window_size": 0}, r"window_size must be at least 1, got 0"),
+        ({"mlp_ratio": -1.0}, r"mlp_ratio must be at least 0, got -1.0"),
+        ({"hidden_act": "gleu"}, r"no activation 'gleu' for hidden_act"),
+        ({"ssm_ratio": 0.0}, r"ssm_ratio=0.0 leaves a mixer no inner channel"),
         ({"out_features": ["stage5"]}, r"out_features must be a subset of stage_names"),
     ],
 )
