@@ -311,7 +311,7 @@ _READERS: dict[str, Callable[[argparse.Namespace], list[EvalItem]]] = {"vqa": _r
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("ssm_vlm.eval.evaluate", description="Score a model on VQA v2 or RefCOCO files.")
+    parser = argparse.ArgumentParser("ssm-vlm evaluate", description="Score a model on VQA v2 or RefCOCO files.")
     parser.add_argument("--model", required=True, help="a saved model with its processor: a folder or a Hub name")
     parser.add_argument("--task", required=True, choices=_READERS)
     parser.add_argument("--questions", required=True, help="VQA v2 questions .json, or refs(...).p or .json")
