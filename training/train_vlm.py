@@ -152,6 +152,12 @@ def train_vlm(model_args: ModelArguments, data_args: DataArguments, args: RunArg
             f"chat_template is {model_args.chat_template!r} but must be one of {', '.join(CHAT_TEMPLATES)}."
         )
     data = LlavaConversations(data_args.data_path, data_args.image_root, on_bad_row=data_args.on_bad_row)
+    text_only = int((~data.is_multimodal).sum())
+    if model_args.freeze_language_model and text_only:
+        raise ValueError(
+            f"{data_args.data_path} has {text_only} conversations without a picture, which teach nothing where "
+            "freeze_language_model is true: leave them out or train the language model."
+        )
     weights = model_args.vision_weights_dir and Path(model_args.vision_weights_dir) / model_args.vision_encoder
     inputs = {
         "vision_encoder": partial(fingerprint, model_args.vision_encoder),

@@ -1,6 +1,7 @@
 """A tiny DigitScenes, a tiny language model on it, and the arguments of a VLM run that takes a second."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,18 +54,18 @@ def language_model(scenes, tmp_path_factory) -> Path:
     return train_language_model(options(arguments)).path
 
 
-@pytest.fixture
-def vlm_arguments(scenes, language_model, tmp_path):
-    """Makes the command line of a small VLM run out of what is to be different."""
+@pytest.fixture(scope="session")
+def vlm_options(scenes, language_model):
+    """Makes the command line of a small VLM run out of its output folder and what is to be different."""
 
-    def make(**different) -> list[str]:
+    def make(output_dir: Path, **different) -> list[str]:
         arguments = {
             "vision_encoder": "digit_identity.digitscenes_64",
             "vision_pretrained": False,
             "language_model": language_model,
             "data_path": scenes / "mixed.json",
             "image_root": scenes / "images",
-            "output_dir": tmp_path / "runs",
+            "output_dir": output_dir,
             "max_steps": 5,
             "save_steps": 2,
             "logging_steps": 1,
@@ -76,6 +77,12 @@ def vlm_arguments(scenes, language_model, tmp_path):
         return options(arguments | different)
 
     return make
+
+
+@pytest.fixture
+def vlm_arguments(vlm_options, tmp_path):
+    """The same for an output folder of the test's own."""
+    return partial(vlm_options, tmp_path / "runs")
 
 
 def options(arguments: dict) -> list[str]:
