@@ -109,12 +109,12 @@ class Session:
         """Draws the boxes of the last answer on the picture.
 
         Raises:
-            ValueError: the last answer holds no box, or see `check_out`.
+            ValueError: the last answer holds no box, there is no path, or see `check_out`.
             OSError: the file cannot be written.
         """
         if not self.boxes:
             raise ValueError("The last answer holds no box to draw.")
-        path = Path(path).expanduser()
+        path = Path(_unquoted(path, "say where to, for example /save annotated.png")).expanduser()
         check_out(path, self.picture_path)
         labelled = [LabelledBox(box, self.label, PREDICTED_COLOUR) for box in self.boxes]
         drawn = draw_boxes(self.conversation.picture, labelled)
@@ -124,9 +124,7 @@ class Session:
 
     def look_at(self, path: str) -> None:
         """Looks at another picture, which begins a new conversation."""
-        path = os.path.expanduser(path.strip("'\"") if path else path)
-        if not path:
-            raise ValueError("There is no path: say which picture, for example /image photo.jpg.")
+        path = os.path.expanduser(_unquoted(path, "say which picture, for example /image photo.jpg"))
         self.conversation.start(load_image(path))
         self.picture_path, self.boxes = path, []
         self.say(f"{self.picture_name}; the conversation begins anew", "dim")
@@ -212,6 +210,14 @@ def check_out(path: Path, picture_path: str | None) -> None:
         raise FileNotFoundError(f"The folder {path.parent}, in which {path.name} should be written, does not exist.")
     if picture_path is not None and path.exists() and os.path.exists(picture_path) and path.samefile(picture_path):
         raise ValueError(f"{path} is the picture itself, which would be lost: write to another file.")
+
+
+def _unquoted(path: str | Path, wanted: str) -> str:
+    """A path as it may be typed or dropped into a terminal."""
+    path = str(path).strip().strip("'\"")
+    if not path:
+        raise ValueError(f"There is no path: {wanted}.")
+    return path
 
 
 def _printable(text: str) -> str:

@@ -91,7 +91,8 @@ IMPORT_ALL = f"""
 import importlib, pkgutil, ssm_vlm
 for package in {sorted(PACKAGE_DIRS)}:
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
-        importlib.import_module(module.name)
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 """
 
 

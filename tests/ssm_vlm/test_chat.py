@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import sys
 import time
 
@@ -371,6 +372,9 @@ def test_boxes_in_a_conversation(chat, photos):
 
     told = chat("--image", photos / "red.png", "--out", second, lines=["/box the middle"])
     assert f"drawn in {second}" in told and second.exists()
+    told = chat("--image", photos / "red.png", lines=["/box the middle", "/save", f"/save '{photos}/a b.png' "])
+    assert "error: There is no path: say where to, for example /save annotated.png." in told
+    assert (photos / "a b.png").exists()
 
 
 def test_mistakes_leave_the_conversation_as_it_was(chat, photos):
@@ -439,9 +443,10 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ["TERM"] = "xterm"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored where the tests run in the background
             os.execv(sys.executable, [sys.executable, "-c", code, "chat", *map(str, argv)])
 
-    def wait_for(self, text, seconds=240):
+    def wait_for(self, text, seconds=600):
         end = time.monotonic() + seconds
         while text not in self.seen:
             ready, _, _ = select.select([self.fd], [], [], max(0, end - time.monotonic()))
