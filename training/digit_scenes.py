@@ -88,9 +88,10 @@ class DigitScenesConfig:
             raise ValueError(
                 f"max_digits is {self.max_digits} but must be from 1 to {most}, all digits in all colours."
             )
-        for name in ("grid", "turns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1.")
+        for name, value in asdict(self).items():
+            least = 1 if name in ("grid", "turns") else 0
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{name} is {value} but must be at least {least}.")
 
 
 @dataclass(frozen=True)
