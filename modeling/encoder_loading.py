@@ -136,12 +136,12 @@ def _how_to_get(encoder: NamedEncoder) -> str:
     if encoder.weights is None:
         return (
             "This project trains it: give weights_dir=FOLDER with a saved encoder in FOLDER/"
-            f"{encoder.name}, or pretrained=False."
+            f"{encoder.name}, or pretrained=False (in a recipe: vision_weights_dir, vision_pretrained)."
         )
     download = f"Download {encoder.weights.url or 'https://huggingface.co/' + encoder.weights.hub_id}"
     return (
         f"{download}, run convert_encoder({encoder.name!r}, DOWNLOAD, FOLDER) and give weights_dir=FOLDER, "
-        "or pretrained=False for random weights."
+        "or pretrained=False for random weights (in a recipe: vision_weights_dir, vision_pretrained)."
     )
 
 
