@@ -1,4 +1,4 @@
-# make study | make test | make test-slow | make lint. Each sets up its own environment in .venv first.
+# make study | make test | make test-slow | make lint | make types. Each sets up its own environment in .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export MPLBACKEND = Agg
 
-.PHONY: study test test-slow lint clean
+.PHONY: study test test-slow lint types clean
 
 study: $(STAMP)
 	$(BIN)/ssm-vlm study
@@ -22,10 +22,12 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" -q
 
-# mypy sees the folders under their installed names only in a regular install
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# mypy sees the folders under their installed names only in a regular install
+types: $(STAMP)
 	rm -rf $(VENV)/typed && $(BIN)/pip install -q --no-deps --no-compile --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy -p ssm_vlm --config-file $(CURDIR)/pyproject.toml
 
