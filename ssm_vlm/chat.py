@@ -65,7 +65,6 @@ class Session:
         self._ask(GROUNDING_PROMPT.replace("{sentence}", expression), label=expression)
 
     def _ask(self, prompt: str, label: str) -> None:
-        self.boxes, self.label = [], label
         try:
             answer = self.conversation.ask(prompt, on_text=self._write)
         except KeyboardInterrupt:
@@ -77,7 +76,7 @@ class Session:
         if answer.is_cut:
             self.say("(the answer was cut off here; --max-new-tokens allows longer ones)", "dim")
         found = self.conversation.boxes(answer.text)
-        self.boxes = [box for box in found if box.x1 < box.x2 and box.y1 < box.y2]
+        self.boxes, self.label = [box for box in found if box.x1 < box.x2 and box.y1 < box.y2], label
         for box in self.boxes:
             corners = ", ".join(f"{value:.1f}" for value in box)
             self.say(f"box: {corners} (left, top, right, bottom) in pixels of {self.picture_name}", "cyan")

@@ -305,6 +305,15 @@ def test_an_answer_that_is_cut_or_empty_is_told(chat, says, photos):
     assert chat(*options) == "\n(the answer is empty)\n"
 
 
+def test_an_answer_that_just_fits_is_not_cut(loaded):
+    model, processor = loaded
+    length = len(processor.tokenizer.encode(" " + STORY + "</s>", add_special_tokens=False))
+    picture = Image.new("RGB", (40, 20), RED)
+    for limit, is_cut in [(length, False), (length - 1, True)]:
+        answer = Conversation(model, processor, picture, max_new_tokens=limit).ask("Tell me a story.")
+        assert (answer.text, answer.is_cut) == (STORY, is_cut)
+
+
 def test_a_model_cannot_steer_the_terminal(chat, says):
     says("a\x1b[31mb\x07\x9bc [bold]d[/bold]")
     assert chat("--prompt", "Hello?").strip() == "a[31mbc [bold]d[/bold]"
@@ -514,6 +523,8 @@ def test_a_relative_folder_is_no_name_on_the_hub(run_dir, photos, monkeypatch, c
     name = f"{run_dir.parent.name}/{run_dir.name}"
     assert main(["--model", name, "--image", str(photos / "red.png"), "--prompt", "What colour?"]) == 0
     assert capsys.readouterr().out == "It is red.\n"
+    assert cli.main(["chat", "--model", f"{run_dir.parent.name}/none", "--prompt", "Hello?"]) == 1
+    assert f"does not exist: {WANTED} ({run_dir.parent.name} holds {run_dir.name})." in capsys.readouterr().err
 
 
 WANTED = "give the run directory of a finished `ssm-vlm train`, or a folder with a saved model and its processor"
