@@ -24,8 +24,8 @@ HEAVY = ("datasets", "deepspeed", "evaluate", "matplotlib", "sklearn", "timm", "
 
 
 def source_files(pattern: str) -> set[Path]:
-    """Files of the library in the checkout, relative to it."""
-    found = (path.relative_to(ROOT) for path in ROOT.rglob(pattern))
+    """Files of the library's folders in the checkout, relative to it."""
+    found = (path.relative_to(ROOT) for path in ROOT.glob(f"*/**/{pattern}"))
     return {
         path for path in found if not any(part.match(name) for name in NOT_SOURCE for part in map(Path, path.parts))
     }
