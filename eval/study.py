@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import PartialState
 from rich.console import Console
@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration.named_encoders import get_named_encoder
 from ..modeling.token_grid import encoder_downsampling, num_image_tokens
-from ..training.digit_scenes import EVAL_SPLITS, DigitScenesConfig, write_digit_scenes
-from ..training.recipe import RunDirectory, parse_recipe
+from ..training.digit_scenes import DigitScenesConfig, write_digit_scenes
+from ..training.recipe import RunArguments, RunDirectory, parse_recipe, run_script
 from ..training.train_encoder import main as train_encoder
 from ..training.train_language_model import main as train_language_model
 from ..training.train_vlm import main as train_vlm
@@ -53,7 +53,7 @@ class StudyArguments:
     data: dict[str, Any] | None = field(
         default=None, metadata={"help": "Fields of DigitScenesConfig that differ from its defaults."}
     )
-    split: str = field(default="test", metadata={"help": "val to choose settings, test to report."})
+    split: Literal["val", "test"] = field(default="test", metadata={"help": "val to choose settings, test to report."})
     eval_batch_size: int = field(default=64, metadata={"help": "Questions at a time."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest answer in tokens."})
 
@@ -86,14 +86,12 @@ def run_study(study: StudyArguments) -> list[StudyRow]:
     Under `torchrun` all processes train; the main one does the rest, and the others return no rows.
 
     Raises:
-        ValueError: no such encoder, split or field of the data's config.
+        ValueError: no such encoder or field of the data's config.
     """
-    processes = PartialState()
+    processes = RunArguments(output_dir=study.study_dir).distributed_state  # as the runs will find them
     console = Console(quiet=not processes.is_main_process)
     for name in study.encoders:
         get_named_encoder(name)
-    if study.split not in EVAL_SPLITS:
-        raise ValueError(f"split is {study.split!r} but must be one of {', '.join(EVAL_SPLITS)}.")
     config = _data_config(study.data or {})
     folder = Path(study.study_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,4 +214,4 @@ def main(argv: Sequence[str] | None = None) -> list[StudyRow]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -39,7 +39,6 @@ BACKGROUNDS = [(20, 20, 24), (70, 70, 74), (44, 36, 30), (26, 40, 46)]
 GROUNDING_PROMPT = 'Please provide the bounding box coordinate of the region this sentence describes: "{}"'
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 FORMAT_VERSION = 1
-EVAL_SPLITS = ("val", "test")
 
 
 @dataclass(frozen=True)
@@ -343,7 +342,7 @@ def _write_parts(root: Path, config: DigitScenesConfig, progress: Callable[[str]
     progress(f"{config.text_scenes} scenes in words")
     _write_text(root, config, glyphs["train"])
     progress(f"{config.val_scenes + config.test_scenes} scenes to evaluate on")
-    _write_eval(root, config, {split: glyphs[split] for split in EVAL_SPLITS})
+    _write_eval(root, config, {split: glyphs[split] for split in ("val", "test")})
     progress(f"{config.classification_train + config.classification_val} pictures to classify")
     _write_classification(root, config, glyphs)
 

@@ -67,12 +67,17 @@ class RunArguments(TrainingArguments):
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     save_steps: float = field(default=200, metadata={"help": "Save a checkpoint to resume from every so many steps."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep while training."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Not needed: a process without pictures gives the connector gradients, too."}
+    )
     fill_batches: bool = field(
         default=False,
         metadata={"help": "Fill the last batch of each modality by repeating samples, as the paper's code does."},
     )
 
     def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else each process of torchrun would take itself for the only one
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.disable_tqdm is None:  # a log file gets one line of numbers every `logging_steps` instead
@@ -363,3 +368,16 @@ def ask_main_process(question: Callable[[], Any]) -> Any:
     """What the main process answers, on every process: files change, and all have to go by one look at them."""
     answer = [question() if PartialState().is_main_process else None]
     return broadcast_object_list(answer)[0]
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Runs the `main` of a script and says where its run is; what a user can put right is one line, no traceback."""
+    try:
+        result = main()
+        if isinstance(result, RunDirectory) and PartialState().is_main_process:
+            print(f"finished: {result.path}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from transformers import EvalPrediction, set_seed
@@ -17,7 +18,7 @@ from ..modeling.encoder_loading import image_processor_arguments, load_encoder
 from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from ..modeling.modeling_backbone_classifier import BackboneForImageClassification
 from .image_folder import ImageFolder, collate_images
-from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved
+from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
 from .trainer import ControlledTrainer, train_and_save
 
 
@@ -26,7 +27,9 @@ class EncoderArguments:
     """What is trained on what."""
 
     vision_encoder: str | None = field(default=None, metadata={"help": "Name in the table of encoders."})
-    pooling: str = field(default="mean", metadata={"help": "How the head pools positions: mean or max."})
+    pooling: Literal["mean", "max"] = field(
+        default="mean", metadata={"help": "How the head pools positions: mean or max."}
+    )
     attributes: bool = field(
         default=False, metadata={"help": "Folder names are attributes joined by '_', each a class of its own group."}
     )
@@ -88,4 +91,4 @@ def main(argv: Sequence[str] | None = None) -> RunDirectory:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

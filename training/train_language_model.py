@@ -21,7 +21,7 @@ from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from ..modeling.processing_llava_style import LlavaStyleProcessor
 from .collator import ConversationCollator
 from .datasets import LlavaConversations
-from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved
+from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
 from .trainer import ControlledTrainer, train_and_save
 
 _SENTENCE_END = re.compile(r"(?<=[.?!:])\s+|[\n\"]|</?s>")
@@ -119,4 +119,4 @@ def main(argv: Sequence[str] | None = None) -> RunDirectory:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from ..modeling.processing_llava_style import LlavaStyleProcessor
 from ..modeling.token_grid import encoder_downsampling
 from .collator import ConversationCollator, as_list
 from .datasets import LlavaConversations
-from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved
+from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
 from .trainer import ControlledTrainer, train_and_save
 
 IMAGE_TOKEN = "<image>"
@@ -44,14 +44,14 @@ class ModelArguments:
     )
     vision_pretrained: bool = field(default=True, metadata={"help": "False starts from random encoder weights."})
     language_model: str | None = field(default=None, metadata={"help": "Hub id or folder of a causal language model."})
-    chat_template: str = field(
+    chat_template: Literal["own", "vicuna"] = field(
         default="own", metadata={"help": "own: the language model's; vicuna: the Vicuna v1.5 format of the paper."}
     )
     connector: str = field(default="mlp2", metadata={"help": "linear, mlp2 or mlp3."})
     connector_seed: int | None = field(
         default=None, metadata={"help": "Seed of the connector's weights; by default the tap's width, as in the paper."}
     )
-    tap_norm: str = field(
+    tap_norm: Literal["none", "layernorm"] = field(
         default="layernorm", metadata={"help": "none, or layernorm without parameters on the encoder's features."}
     )
     token_positions: str = field(
@@ -61,7 +61,9 @@ class ModelArguments:
         default=None, metadata={"help": "How pictures become pixels; by default the encoder's."}
     )
     image_size: int | None = field(default=None, metadata={"help": "Side of the canvas; by default the encoder's."})
-    box_frame: str = field(default="centered_square", metadata={"help": "Frame of the boxes in the training text."})
+    box_frame: Literal["centered_square", "canvas", "raw"] = field(
+        default="centered_square", metadata={"help": "Frame of the boxes in the training text."}
+    )
     freeze_vision: bool = field(default=True, metadata={"help": "Keep the encoder's weights as they are."})
     freeze_connector: bool = field(default=False, metadata={"help": "Keep the connector's weights as they are."})
     freeze_language_model: bool = field(default=False, metadata={"help": "Keep the language model as it is."})
@@ -79,7 +81,9 @@ class DataArguments:
     max_text_length: int | None = field(
         default=2048, metadata={"help": "Tokens of text to keep of each conversation; image tokens are never cut."}
     )
-    on_bad_row: str = field(default="raise", metadata={"help": "raise, or skip rows that cannot be trained on."})
+    on_bad_row: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "raise, or skip rows that cannot be trained on."}
+    )
 
 
 def build_processor(model_args: ModelArguments, downsampling: list) -> LlavaStyleProcessor:
@@ -94,7 +98,11 @@ def build_processor(model_args: ModelArguments, downsampling: list) -> LlavaStyl
         settings["geometry"] = model_args.geometry
     if model_args.image_size is not None:
         settings["size"] = {"height": model_args.image_size, "width": model_args.image_size}
-    tokenizer = AutoTokenizer.from_pretrained(model_args.language_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.language_model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"The language model {model_args.language_model!r} cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -147,10 +155,6 @@ def train_vlm(model_args: ModelArguments, data_args: DataArguments, args: RunArg
     """Trains, unless the run is already finished. The run directory then holds the complete model."""
     require(model_args, "vision_encoder", "language_model")
     require(data_args, "data_path")
-    if model_args.chat_template not in CHAT_TEMPLATES:
-        raise ValueError(
-            f"chat_template is {model_args.chat_template!r} but must be one of {', '.join(CHAT_TEMPLATES)}."
-        )
     data = LlavaConversations(data_args.data_path, data_args.image_root, on_bad_row=data_args.on_bad_row)
     text_only = int((~data.is_multimodal).sum())
     if model_args.freeze_language_model and text_only:
@@ -191,4 +195,4 @@ def main(argv: Sequence[str] | None = None) -> RunDirectory:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

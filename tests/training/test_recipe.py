@@ -409,7 +409,7 @@ def test_two_commands_cannot_train_one_run_at_a_time(inputs):
     with run.begin(), refused, run_of(inputs).begin():
         pass
     with run_of(inputs).begin():
-        assert yaml.safe_load((run.path / "recipe.yaml").read_text())["use_cpu"] is True
+        assert yaml.safe_load((run.path / "recipe.yaml").read_text())["model"] == str(inputs / "model")
 
 
 def test_the_newest_whole_checkpoint_is_found_and_torn_ones_are_deleted(inputs):
