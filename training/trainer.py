@@ -182,5 +182,5 @@ def _full_disk_in_one_sentence(folder: Path) -> Iterator[None]:
 def _is_full_disk(error: BaseException) -> bool:
     """Whether a write failed for want of room, which safetensors and torch.save say in words only."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(
-        re.search(r"No space left|quota exceeded|PytorchStreamWriter|unexpected pos", str(error))
+        re.search(r"No space left|quota exceeded|PytorchStreamWriter|unexpected pos|iostream error", str(error))
     )

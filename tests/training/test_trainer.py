@@ -254,11 +254,17 @@ def no_room_for_pickles():
     torch.save({"a": torch.zeros(10000)}, "/dev/full")
 
 
+def no_room_for_small_pickles():
+    raise RuntimeError("basic_ios::clear: iostream error")  # as it came from a disk that became full in the middle
+
+
 def no_room_for_safetensors():
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize("write", [no_room_for_plain_files, no_room_for_pickles, no_room_for_safetensors])
+@pytest.mark.parametrize(
+    "write", [no_room_for_plain_files, no_room_for_pickles, no_room_for_small_pickles, no_room_for_safetensors]
+)
 @pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "save_model"])
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(method, write, vlm_arguments, monkeypatch):
     """The errors are those of a full disk: `/dev/full` gives them, and safetensors' was copied from one."""
