@@ -111,14 +111,15 @@ class Session:
             ValueError: the last answer holds no box, there is no path, or see `check_out`.
             OSError: the file cannot be written.
         """
-        if not self.boxes:
+        picture = self.conversation.picture
+        if picture is None or not self.boxes:
             raise ValueError("The last answer holds no box to draw.")
         path = Path(_unquoted(path, "say where to, for example /save annotated.png")).expanduser()
         check_out(path, self.picture_path)
         labelled = [LabelledBox(box, self.label, PREDICTED_COLOUR) for box in self.boxes]
-        drawn = draw_boxes(self.conversation.picture, labelled)
+        drawn = draw_boxes(picture, labelled)
         drawn.save(path)
-        scale = drawn.width // self.conversation.picture.width
+        scale = drawn.width // picture.width
         self.say(f"drawn in {path}" + (f", {scale} times as large" if scale > 1 else ""), "cyan")
 
     def look_at(self, path: str) -> None:

@@ -51,7 +51,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         processor: Any,
         picture: Image.Image | None = None,
         *,
@@ -170,12 +170,13 @@ def load_chat_model(name: str, device: str = "cpu", dtype: str = "auto") -> tupl
         name = str(folder)
     try:
         processor = AutoProcessor.from_pretrained(name)
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         where = f"There is no folder {name}, and from the Hub it" if is_hub_name else f"The model in {name}"
         raise OSError(f"{where} cannot be loaded: {_first_line(error)}") from error
+    model, report = loaded
     _check_kind(name, model.config.model_type)
     unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unfit:
