@@ -20,8 +20,11 @@ from ..configuration.named_encoders import get_named_encoder
 from ..modeling.token_grid import encoder_downsampling, num_image_tokens
 from ..training.digit_scenes import DigitScenesConfig, write_digit_scenes
 from ..training.recipe import RunArguments, RunDirectory, parse_recipe, run_script
+from ..training.train_encoder import EncoderArguments
 from ..training.train_encoder import main as train_encoder
+from ..training.train_language_model import LanguageModelArguments
 from ..training.train_language_model import main as train_language_model
+from ..training.train_vlm import DataArguments, ModelArguments
 from ..training.train_vlm import main as train_vlm
 from .encoder_cost import encoder_cost
 from .evaluate import Result, evaluate
@@ -29,8 +32,7 @@ from .report import write_report
 from .study_table import StudyRow, print_table
 from .tasks import EvalItem, read_refcoco, read_vqa
 
-HERE = Path(__file__).parent
-RECIPES = HERE.parent / "training" / "recipes"
+RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
 
 @dataclass
@@ -86,13 +88,16 @@ def run_study(study: StudyArguments) -> list[StudyRow]:
     Under `torchrun` all processes train; the main one does the rest, and the others return no rows.
 
     Raises:
-        ValueError: no such encoder or field of the data's config.
+        ValueError: no such encoder, recipe, key of a recipe or field of the data's config; nothing is written then.
     """
     processes = RunArguments(output_dir=study.study_dir).distributed_state  # as the runs will find them
     console = Console(quiet=not processes.is_main_process)
     for name in study.encoders:
         get_named_encoder(name)
     config = _data_config(study.data or {})
+    parse_recipe([_recipe(study.encoder_recipe)], EncoderArguments, RunArguments)
+    parse_recipe([_recipe(study.language_model_recipe)], LanguageModelArguments, RunArguments)
+    parse_recipe([_recipe(study.vlm_recipe)], ModelArguments, DataArguments, RunArguments)
     folder = Path(study.study_dir)
     folder.mkdir(parents=True, exist_ok=True)
     steps = StudySteps(folder, console, total=3 + 3 * len(study.encoders))
@@ -153,7 +158,7 @@ def read_items(data: Path, split: str) -> list[EvalItem]:
 
 def _recipe(name: str) -> str:
     """A recipe file of the user's own, or one that the library ships."""
-    return name if Path(name).is_file() else str(RECIPES / name)
+    return str(RECIPES / name) if not Path(name).is_file() and (RECIPES / name).is_file() else name
 
 
 def _steps(steps: int | None) -> list[str]:
