@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-import ssm_vlm
 from ssm_vlm.eval.study import StudyArguments
 from ssm_vlm.training.recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved
 from ssm_vlm.training.train_encoder import EncoderArguments
 from ssm_vlm.training.train_language_model import LanguageModelArguments
 from ssm_vlm.training.train_vlm import DataArguments, ModelArguments
 
-PACKAGE = Path(ssm_vlm.__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 PARTS = {
     "encoder": (EncoderArguments, RunArguments),
     "language_model": (LanguageModelArguments, RunArguments),
