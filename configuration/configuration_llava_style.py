@@ -15,9 +15,12 @@ class LlavaStyleConfig(PreTrainedConfig):
         vision_config: Config (or its dict with `model_type`) of any registered Transformers Backbone. Its last
             `out_features` entry is the tap.
         text_config: Config (or its dict with `model_type`) of any causal language model.
-        connector: Name in `ssm_vlm.modeling.connectors.CONNECTORS`: "linear", "mlp2" (the paper's 2-MLP) or "mlp3".
+        connector: Name in `ssm_vlm.modeling.connectors.CONNECTORS`: "linear", "mlp2" (the paper's 2-MLP), "mlp3", or
+            these with "average_pool_" or "pixel_shuffle_" in front, which makes fewer tokens first.
         connector_seed: Seed of the connector's own random generator. None means the width of the tap, the rule of the
             paper's code, so that two runs on the same encoder start from the same connector.
+        connector_grid: [rows, columns] that "average_pool_..." pools a larger map to; None means [14, 14].
+        connector_factor: "pixel_shuffle_..." puts so many rows and so many columns into one token; None means 2.
         tap_norm: "layernorm" puts a LayerNorm without parameters over the channels of the tap, "none" leaves it raw.
         token_positions: "sincos2d" adds fixed codes of each token's row and column to the features after the tap norm,
             alike for every encoder; "none", as in the paper, leaves the place of a token to the language model's own
@@ -42,6 +45,8 @@ class LlavaStyleConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     connector: str = "mlp2"
     connector_seed: int | None = None
+    connector_grid: list[int] | None = None
+    connector_factor: int | None = None
     tap_norm: Literal["none", "layernorm"] = "none"
     token_positions: Literal["none", "sincos2d"] = "none"
     image_token_id: int | None = None

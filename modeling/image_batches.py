@@ -56,8 +56,9 @@ def check_image_tokens(tokens_per_row: list[int], tokens_per_image: list[int]) -
     if found != given:
         raise ValueError(
             f"input_ids hold {found} image tokens ({tokens_per_row} per row) but the {what}: each image needs as many "
-            "image tokens as it has features, num_image_tokens(height, width) of its canvas; was a prompt cut short or "
-            "its <image> placeholder not expanded?"
+            "image tokens as it has features, num_image_tokens(height, width) of its canvas; was a prompt cut short, "
+            "its <image> placeholder not expanded, or is the processor another model's (its image processor needs "
+            "downsampling=model_downsampling(model.config))?"
         )
     ends, total = {0}, 0
     for count in tokens_per_image:

@@ -6,6 +6,7 @@ Layout of the weights, the same in both classes: `vision_tower` (any Transformer
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 
 import torch
@@ -85,7 +86,14 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
                     "a decoder-only transformer such as Llama, Qwen2 or Mistral."
                 )
         text_width = language_model.get_input_embeddings().embedding_dim
-        self.connector = Connector(config.connector, self.vision_tower.channels[-1], text_width, config.connector_seed)
+        self.connector = Connector(
+            config.connector,
+            self.vision_tower.channels[-1],
+            text_width,
+            config.connector_seed,
+            connector_grid=config.connector_grid,
+            connector_factor=config.connector_factor,
+        )
         self.language_model = language_model
         self._language_model_takes = {name: name in accepted for name in ("position_ids", "logits_to_keep")}
         self._said_too_long = False
@@ -147,30 +155,49 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         return check_tap_features(image_features, self.connector.in_features)
 
     def _grids(self, pixel_values, image_sizes, count: int) -> list[tuple[int, int]] | None:
-        """Rows and columns of each image's tokens, where token positions need them."""
-        if TOKEN_POSITIONS[self.config.token_positions] is None:
+        """Rows and columns of each image's features, where token positions or the connector need them."""
+        readers = []
+        if TOKEN_POSITIONS[self.config.token_positions] is not None:
+            readers.append("token_positions")
+        if self.connector.reduction is not None:
+            readers.append(f"connector={self.connector.name!r}")
+        if not readers:
             return None
         if image_sizes is None and pixel_values is None:
-            raise ValueError("Cached image_features need image_sizes too, since token_positions depends on the grid.")
+            raise ValueError(
+                f"Cached image_features need image_sizes too, since {' and '.join(readers)} depends on the grid."
+            )
         sizes = [pixel_values.shape[-2:]] * count if image_sizes is None else image_sizes.tolist()
+        if len(sizes) != count:
+            raise ValueError(f"image_sizes has {len(sizes)} rows for {count} image(s): give each image's canvas size.")
         return [grid_size(*size, encoder_downsampling(self.config.vision_config)) for size in sizes]
 
     def project(
         self, tap_features: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]] | None = None
     ) -> list[torch.Tensor]:
-        """Tap norm, token positions and connector on n tensors [N_i, C], giving n tensors [N_i, D].
+        """Tap norm, token positions and connector on n tensors [N_i, C], giving n tensors [M_i, D].
 
         Args:
-            grids: Rows and columns (h, w) of each image's tokens, h * w = N_i; needed where `token_positions` is set.
+            grids: Rows and columns (h, w) of each image's features, h * w = N_i; needed where `token_positions` is set
+                and where the connector makes fewer tokens, M_i of N_i.
         """
         lengths = [len(features) for features in tap_features]
+        for index, (grid, length) in enumerate(zip(grids, lengths, strict=True) if grids is not None else ()):
+            if math.prod(grid) != length:
+                raise ValueError(
+                    f"Image {index} has {length} features at the tap, but its size in image_sizes makes a grid of "
+                    f"{grid[0]}x{grid[1]}: give the sizes of the canvases that the features were made of."
+                )
         weight = self.connector.layers[0].weight
         tokens = torch.cat([features.to(weight.device) for features in tap_features])  # [sum N_i, C]
         tokens = TAP_NORMS[self.config.tap_norm](tokens)
-        if grids is not None:
-            encode = TOKEN_POSITIONS[self.config.token_positions]
+        encode = TOKEN_POSITIONS[self.config.token_positions]
+        if encode is not None and grids is not None:
             codes = {grid: encode(*grid, tokens.shape[-1]) for grid in set(grids)}
             tokens = tokens + torch.cat([codes[grid] for grid in grids]).to(tokens)
+        if self.connector.reduction is not None:
+            reduced = self.connector.reduce(tokens.split(lengths), grids)
+            lengths, tokens = [len(features) for features in reduced], torch.cat(reduced)  # [sum M_i, C']
         return list(self.connector(tokens.to(weight.dtype)).split(lengths))
 
     @can_return_tuple
@@ -188,7 +215,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
             image_features: Cached tap features instead of pixels, [n, N, C] or n tensors [N_i, C].
 
         Returns:
-            `pooler_output`: n tensors [N_i, D], one for each image.
+            `pooler_output`: n tensors [N_i, D], one for each image; `model_downsampling(config)` says how many.
         """
         tap_features = self._tap_features(pixel_values, image_sizes, image_features)
         grids = self._grids(pixel_values, image_sizes, len(tap_features))
@@ -217,7 +244,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
             tap_features.append(torch.zeros(1, self.connector.in_features))
         if not tap_features:
             return None, None
-        grids = self._grids(pixel_values, image_sizes, images) if have_images else None
+        grids = self._grids(pixel_values, image_sizes, images) if have_images else []
         if grids is not None:  # dummies count zero times, wherever they lie
             grids += [(1, len(features)) for features in tap_features[images:]]
         projected = self.project(tap_features, grids)  # one call of the connector, as on every other rank

@@ -1,9 +1,10 @@
 """How many tokens a picture becomes: the one place where encoder strides and their rounding are known.
 
 Every stage that shrinks a feature map is one step `[stride, rounding]`. A padded 3x3 stride-2 convolution rounds up
-("ceil"), a convolution whose kernel equals its stride drops what does not fit ("floor"). The processor expands image
-placeholders with these numbers, the models check against them and the tests hold every encoder to them. VMamba v2 at
-800x1333 is 50x84 = 4200 tokens; the floor arithmetic of the reference (50x83 = 4150) is wrong.
+("ceil"), a convolution whose kernel equals its stride drops what does not fit ("floor"). Pooling to a grid is the step
+`[[rows, columns], "at_most"]`. The processor expands image placeholders with these numbers, the models check against
+them and the tests hold every encoder to them. VMamba v2 at 800x1333 is 50x84 = 4200 tokens; the floor arithmetic of the
+reference (50x83 = 4150) is wrong.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,36 +14,41 @@ import torch
 from transformers import AutoBackbone
 
 Downsampling = list[list]
-"""Steps in the order they are applied, each `[stride: int, "ceil" | "floor"]`; JSON-ready."""
+"""Steps in the order they are applied, each `[stride: int, "ceil" | "floor"]` or `[[rows, columns], "at_most"]`."""
 
-_ROUNDING: dict[str, Callable[[int, int], int]] = {
+_STEPS: dict[str, Callable[[int, int], int]] = {
     "ceil": lambda size, stride: -(-size // stride),
     "floor": lambda size, stride: size // stride,
+    "at_most": min,
 }
 
 
 def grid_size(height: int, width: int, downsampling: Sequence[Sequence]) -> tuple[int, int]:
-    """Height and width, in cells, of the feature map that an encoder makes of a `height` x `width` pixel canvas.
+    """Height and width, in cells, of what a `height` x `width` pixel canvas becomes.
 
     Args:
         height: canvas height in pixels.
         width: canvas width in pixels.
-        downsampling: steps `[stride, "ceil" | "floor"]` in the order they are applied.
+        downsampling: steps `[stride, "ceil" | "floor"]` or `[[rows, columns], "at_most"]`, in their order.
 
     Raises:
-        ValueError: for a step that is not `[positive int, "ceil" | "floor"]`, or a canvas too small for one cell.
+        ValueError: for a step that is none of these, or a canvas too small for one cell.
     """
     rows, columns = int(height), int(width)
     for step in downsampling:
         try:
-            stride, rounding = step
-            divide = _ROUNDING[rounding]
-            valid = int(stride) == stride and stride >= 1
+            amount, kind = step
+            shrink = _STEPS[kind]
+            by_row, by_column = amount if kind == "at_most" else (amount, amount)
+            valid = all(int(number) == number >= 1 for number in (by_row, by_column))
         except (TypeError, ValueError, KeyError):
             valid = False
         if not valid:
-            raise ValueError(f'A downsampling step must be [positive int, "ceil" | "floor"], got {step!r}.')
-        rows, columns = divide(rows, int(stride)), divide(columns, int(stride))
+            raise ValueError(
+                'A downsampling step must be [positive int, "ceil" | "floor"] or [[rows, columns], "at_most"], got '
+                f"{step!r}."
+            )
+        rows, columns = shrink(rows, int(by_row)), shrink(columns, int(by_column))
     if rows < 1 or columns < 1:
         raise ValueError(
             f"A {height}x{width} pixel canvas gives a {rows}x{columns} grid, which holds no token; "

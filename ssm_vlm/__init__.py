@@ -18,7 +18,7 @@ from .configuration.configuration_hidden_state_backbone import HiddenStateBackbo
 from .configuration.configuration_llava_style import LlavaStyleConfig
 from .configuration.configuration_ssm_vision import SSMVisionConfig
 from .configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
-from .modeling.connectors import load_connector, save_connector
+from .modeling.connectors import load_connector, model_downsampling, save_connector
 from .modeling.encoder_loading import convert_encoder, image_processor_arguments, load_encoder
 from .modeling.geometry import Geometry, make_geometry
 from .modeling.image_processing_llava_style import LlavaStyleImageProcessor
@@ -74,6 +74,7 @@ __all__ = [
     "load_connector",
     "load_encoder",
     "make_geometry",
+    "model_downsampling",
     "num_image_tokens",
     "save_connector",
 ]

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
 
 from ..configuration.named_encoders import ENCODERS
 from ..modeling.chat_templates import VICUNA_TEMPLATE
+from ..modeling.connectors import connector_downsampling
 from ..modeling.encoder_loading import image_processor_arguments, load_encoder
 from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from ..modeling.modeling_llava_style import LlavaStyleForConditionalGeneration
@@ -47,7 +48,16 @@ class ModelArguments:
     chat_template: Literal["own", "vicuna"] = field(
         default="own", metadata={"help": "own: the language model's; vicuna: the Vicuna v1.5 format of the paper."}
     )
-    connector: str = field(default="mlp2", metadata={"help": "linear, mlp2 or mlp3."})
+    connector: str = field(
+        default="mlp2",
+        metadata={"help": "linear, mlp2 or mlp3; average_pool_ or pixel_shuffle_ in front makes fewer tokens."},
+    )
+    connector_grid: list[int] | None = field(
+        default=None, metadata={"help": "average_pool_*: at most so many rows and columns of tokens; by default 14 14."}
+    )
+    connector_factor: int | None = field(
+        default=None, metadata={"help": "pixel_shuffle_*: so many rows and columns become one token; by default 2."}
+    )
     connector_seed: int | None = field(
         default=None, metadata={"help": "Seed of the connector's weights; by default the tap's width, as in the paper."}
     )
@@ -121,7 +131,12 @@ def build_model(
         weights_dir=model_args.vision_weights_dir,
         pretrained=model_args.vision_pretrained,
     )
-    processor = build_processor(model_args, encoder_downsampling(encoder.config))
+    connector_options = {
+        "connector_grid": model_args.connector_grid,
+        "connector_factor": model_args.connector_factor,
+    }
+    fewer_tokens = connector_downsampling(model_args.connector, **connector_options)
+    processor = build_processor(model_args, encoder_downsampling(encoder.config) + fewer_tokens)
     language_model = AutoModelForCausalLM.from_pretrained(model_args.language_model, dtype=torch.float32)
     rows = language_model.get_input_embeddings().num_embeddings
     if len(processor.tokenizer) > rows:
@@ -132,6 +147,7 @@ def build_model(
         image_token_id=processor.image_token_id,
         connector=model_args.connector,
         connector_seed=model_args.connector_seed,
+        **connector_options,
         tap_norm=model_args.tap_norm,
         token_positions=model_args.token_positions,
         freeze_vision=model_args.freeze_vision,

@@ -11,7 +11,18 @@ from transformers import AutoModelForImageTextToText, ConvNextConfig, LlamaConfi
 from ssm_vlm import LlavaStyleConfig, LlavaStyleForConditionalGeneration, load_connector, save_connector
 from ssm_vlm.modeling.connectors import CONNECTORS, Connector
 
-WIDTHS = {"linear": [6, 10], "mlp2": [6, 10, 10], "mlp3": [6, 24, 10, 10]}
+# widths by hand, for a tap of 6 channels and a language model of 10; pixel shuffle puts 2 x 2 tokens into one
+WIDTHS = {
+    "linear": [6, 10],
+    "mlp2": [6, 10, 10],
+    "mlp3": [6, 24, 10, 10],
+    "average_pool_linear": [6, 10],
+    "average_pool_mlp2": [6, 10, 10],
+    "average_pool_mlp3": [6, 24, 10, 10],
+    "pixel_shuffle_linear": [24, 10],
+    "pixel_shuffle_mlp2": [24, 10, 10],
+    "pixel_shuffle_mlp3": [24, 96, 10, 10],
+}
 
 
 def tiny_config(**fields) -> LlavaStyleConfig:
@@ -56,7 +67,7 @@ def test_weights_are_pytorchs_default_behind_the_seed(name, seed):
 def test_forward_is_linear_layers_with_exact_gelu_between(name):
     layers = pytorch_default(WIDTHS[name], 6)
     between = [module for layer in layers for module in (nn.GELU(), layer)][1:]
-    features = torch.randn(2, 3, 6)
+    features = torch.randn(2, 3, WIDTHS[name][0])
     assert torch.allclose(Connector(name, 6, 10)(features), nn.Sequential(*between)(features), atol=1e-6)
 
 
