@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import AutoBackbone, PreTrainedConfig
 
 from ..configuration.named_encoders import get_named_encoder
-from ..modeling.ops.selective_scan_2d import BACKEND_VARIABLE, BACKENDS
+from ..modeling.ops.scan_backends import BACKEND_VARIABLE
+from ..modeling.ops.selective_scan_2d import BACKENDS
 
 
 def measure(

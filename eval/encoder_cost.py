@@ -13,6 +13,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoBackbone, PreTrainedConfig
 
 from ..configuration.named_encoders import get_named_encoder
-from ..modeling.ops.selective_scan_2d import BACKEND_VARIABLE, BACKENDS
+from ..modeling.ops.scan_backends import BACKEND_VARIABLE
+from ..modeling.ops.selective_scan_1d import BACKENDS as BACKENDS_1D
+from ..modeling.ops.selective_scan_2d import BACKENDS as BACKENDS_2D
 
 
 class EncoderCost(NamedTuple):
@@ -31,30 +34,32 @@ class EncoderCost(NamedTuple):
     flops: int
 
 
-def selective_scan_flops(positions: int, channels: int, states: int, rank: int) -> int:
-    """Operations of one four-direction scan of a map.
+def selective_scan_flops(positions: int, channels: int, states: int, rank: int, directions: int = 4) -> int:
+    """Operations of one scan: of a map in four directions, of a sequence in one.
 
     Per direction, position and channel: 9 per state and 2 for the skip (the convention of VMamba's own counter, after
     https://github.com/state-spaces/mamba/issues/110), and 2 per rank for the step size projection, a matrix product.
     """
-    return 4 * positions * channels * (9 * states + 2 + 2 * rank)
+    return directions * positions * channels * (9 * states + 2 + 2 * rank)
 
 
 @contextlib.contextmanager
 def _counted_scans() -> Iterator[list[int]]:
-    """Replaces the scan by one that only notes its cost, and lets gradients reach all its parameters."""
+    """Replaces the scans by ones that only note their cost, and let gradients reach all their parameters."""
     counts: list[int] = []
 
-    def count(x: Tensor, dt_low_rank: Tensor, b: Tensor, *others: Tensor) -> Tensor:
-        counts.append(selective_scan_flops(x[..., 0].numel(), x.shape[-1], b.shape[-1], dt_low_rank.shape[-1]))
+    def count(directions: int, x: Tensor, dt_low_rank: Tensor, b: Tensor, *others: Tensor) -> Tensor:
+        sizes = x[..., 0].numel(), x.shape[-1], b.shape[-1], dt_low_rank.shape[-1]
+        counts.append(selective_scan_flops(*sizes, directions))
         return x + sum(tensor.sum() for tensor in (dt_low_rank, b, *others))
 
     before = os.environ.get(BACKEND_VARIABLE)
-    BACKENDS["count"], os.environ[BACKEND_VARIABLE] = count, "count"
+    BACKENDS_1D["count"], BACKENDS_2D["count"] = partial(count, 1), partial(count, 4)
+    os.environ[BACKEND_VARIABLE] = "count"
     try:
         yield counts
     finally:
-        del BACKENDS["count"], os.environ[BACKEND_VARIABLE]
+        del BACKENDS_1D["count"], BACKENDS_2D["count"], os.environ[BACKEND_VARIABLE]
         if before is not None:
             os.environ[BACKEND_VARIABLE] = before
 

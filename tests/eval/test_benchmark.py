@@ -9,7 +9,7 @@ import torch
 
 from ssm_vlm.configuration.named_encoders import ENCODERS, NamedEncoder
 from ssm_vlm.eval import benchmark
-from ssm_vlm.modeling.ops.selective_scan_2d import BACKEND_VARIABLE
+from ssm_vlm.modeling.ops.scan_backends import BACKEND_VARIABLE
 
 
 def test_contenders_take_turns_in_alternating_order():

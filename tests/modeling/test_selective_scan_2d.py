@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssm_vlm.modeling.ops import scan_backends
 from ssm_vlm.modeling.ops import selective_scan_2d as op
 from ssm_vlm.modeling.ops.selective_scan_2d import BACKENDS, chunked, selective_scan_2d
 from ssm_vlm.modeling.ops.selective_scan_2d.naive import scan_orders, selective_scan_2d_naive
@@ -246,8 +247,8 @@ def test_argument_beats_variable_beats_default(monkeypatch):
 
 
 def test_choice_is_logged_once_with_its_reason(caplog):
-    op._log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger=op.logger.name):
+    scan_backends.log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger=scan_backends.logger.name):
         for _ in range(3):
             selective_scan_2d(*make_inputs(1, 2, 2, 1, 1, 1), backend="naive")
     assert caplog.messages == ["selective_scan_2d: backend naive, because the backend argument asks for it."]

@@ -1,20 +1,13 @@
 """Two-dimensional selective scan: one public function, a readable oracle and faster backends behind it."""
 
-import functools
-import os
-
 from torch import Tensor
-from transformers.utils import logging
 
+from ..scan_backends import choose_backend
 from .chunked import selective_scan_2d_chunked
 from .naive import selective_scan_2d_naive
 
-logger = logging.get_logger(__name__)
-
 BACKENDS = {"naive": selective_scan_2d_naive, "chunked": selective_scan_2d_chunked}
 """Name -> implementation. All take the tensors of `selective_scan_2d` in its order and agree with `naive`."""
-
-BACKEND_VARIABLE = "SSM_VLM_SCAN_BACKEND"
 
 
 def selective_scan_2d(
@@ -52,26 +45,7 @@ def selective_scan_2d(
         ValueError: for shapes that do not fit together, an empty map, or an unknown backend.
     """
     _check_shapes(x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
-    name, reason = _choose_backend(x, backend)
-    _log_once(name, reason)
-    return BACKENDS[name](x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
-
-
-def _choose_backend(x: Tensor, requested: str | None) -> tuple[str, str]:
-    """Name of the backend to run, and why."""
-    name, reason = requested, "the backend argument asks for it"
-    if name is None:
-        name, reason = os.environ.get(BACKEND_VARIABLE), f"{BACKEND_VARIABLE} asks for it"
-    if not name:
-        name, reason = "chunked", f"it is the fastest for {x.device.type} tensors"
-    if name not in BACKENDS:
-        raise ValueError(f"selective_scan_2d: unknown backend {name!r} ({reason}); there are {', '.join(BACKENDS)}.")
-    return name, reason
-
-
-@functools.cache
-def _log_once(name: str, reason: str) -> None:
-    logger.info("selective_scan_2d: backend %s, because %s.", name, reason)
+    return choose_backend("selective_scan_2d", BACKENDS, x, backend)(x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
 
 
 def _check_shapes(

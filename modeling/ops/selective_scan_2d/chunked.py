@@ -76,14 +76,16 @@ def adjoint_scan_(inputs: Tensor, decay: Tensor, through: Tensor, along: int, re
     linear_recurrence_(steps, (first, *decays[:-1]), entry, through, not reverse)
 
 
-def _units(batch: int, positions: int, channels: int, on_cpu: bool) -> Iterator[tuple[slice, int, slice]]:
+def _units(
+    batch: int, positions: int, channels: int, directions: int, on_cpu: bool
+) -> Iterator[tuple[slice, int, slice]]:
     """Cut the work: (images, direction, channels)."""
     limit = UNIT_ELEMENTS if on_cpu else batch * positions * channels
     width = max(1, min(channels, max(MIN_CHANNELS, limit // positions)))
     images = max(1, min(batch, limit // (positions * width)))
     for image in range(0, batch, images):
         for channel in range(0, channels, width):
-            for k in range(4):
+            for k in range(directions):
                 yield slice(image, min(image + images, batch)), k, slice(channel, min(channel + width, channels))
 
 
@@ -116,7 +118,7 @@ class _SelectiveScan2d(torch.autograd.Function):
         rates_log2 = -LOG2_E * torch.exp(a_log).transpose(1, 2).contiguous()  # [4, N, E]
         out = x * d.sum(0)  # the skip of all four directions
         scratch = _Workspace(out)
-        for images, k, cols in _units(batch, height * width, channels, x.device.type == "cpu"):
+        for images, k, cols in _units(batch, height * width, channels, len(d), x.device.type == "cpu"):
             along, reverse = 2 - k % 2, k >= 2
             map_x, map_out = x[images, ..., cols].to(dtype), out[images, ..., cols]
             map_b, map_c = b[images, :, :, k], c[images, :, :, k]
@@ -151,7 +153,7 @@ class _SelectiveScan2d(torch.autograd.Function):
             for tensor in (low_rank, b, c, weight.transpose(1, 2), bias, rates)
         )
         scratch = _Workspace(grad_x)
-        for images, k, cols in _units(batch, height * width, channels, x.device.type == "cpu"):
+        for images, k, cols in _units(batch, height * width, channels, len(d), x.device.type == "cpu"):
             along, reverse = 2 - k % 2, k >= 2
             map_x, map_grad = x[images, ..., cols].to(dtype), grad[images, ..., cols]
             map_b, map_c = b[images, :, :, k], c[images, :, :, k]
@@ -221,5 +223,5 @@ def selective_scan_2d_chunked(
     d: Tensor,
 ) -> Tensor:
     """Equals `selective_scan_2d_naive`, on any device, for any map size and number of states; not twice
-    differentiable."""
+    differentiable. Parameters of the first K directions alone scan along those alone."""
     return _SelectiveScan2d.apply(x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
