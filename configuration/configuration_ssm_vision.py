@@ -33,7 +33,8 @@ class SSMVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         downsample: between stages, `"patch_merge"` 2x2 neighbours to one, norm, linear (v0) or `"conv3"` padded 3x3
             stride-2 convolution and norm (v2). Both round odd maps up.
         output_norm: norm over the channels of each returned feature map: `"none"`, `"layernorm"` with weights (dense
-            checkpoints hold one per stage), or `"parameter_free"`.
+            checkpoints hold one per stage), or `"parameter_free"` (classification checkpoints, which hold none: so the
+            paper tapped them). A classifier has a norm of its own in its place.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         layer_norm_eps: epsilon of every norm.
         initializer_range: standard deviation of the truncated normal that linear weights are drawn from.

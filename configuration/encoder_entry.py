@@ -30,23 +30,20 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where published weights come from and what of them is left behind.
+    """Where published weights come from.
 
     Args:
-        layout: name in `LAYOUTS` of `encoder_loading`: how the file names its tensors.
+        layout: how the file names its tensors: a name in `LAYOUTS` of `modeling.layouts`, or "transformers" for a
+            model that is in Transformers' own format already.
         hub_id: Hugging Face repository that holds them as safetensors.
-        url: a release file, to be downloaded by hand and given to `convert_encoder`.
-        discards: regular expressions for the beginnings of the file's own keys that are declared to be dropped:
-            heads, stages and blocks after the tap. Each must meet at least one key; no other key may be dropped.
-        neutral: regular expressions for the beginnings of our keys that the file does not hold and that stay at
-            their neutral start (a norm's scale 1 and shift 0).
+        url: a release file, to be downloaded by hand and given to `ssm-vlm convert`.
+        sha256: checksum of that file in hexadecimal, where it is known; a file that has another is refused.
     """
 
     layout: str
     hub_id: str | None = None
     url: str | None = None
-    discards: tuple[str, ...] = ()
-    neutral: tuple[str, ...] = ()
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)

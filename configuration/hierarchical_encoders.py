@@ -49,19 +49,7 @@ def _swin_in1k(
         parameters,
         flops,
         "MIT",
-        WeightSource(
-            "swin",
-            url=f"{url}swin_{size}_patch4_window7_224.pth",
-            discards=(
-                r"layers\.3\.",
-                r"layers\.2\.downsample\.",
-                r".*\.relative_position_index",
-                r".*\.attn_mask",
-                r"norm\.",
-                r"head\.",
-            ),
-            neutral=(r"hidden_states_norms\.stage3\.", r"swin\.layernorm\."),
-        ),
+        WeightSource("swin", url=f"{url}swin_{size}_patch4_window7_224.pth"),
         imagenet_top1=top1,
     )
 
@@ -76,12 +64,7 @@ def _convnext_in1k(
         parameters,
         flops,
         "Apache-2.0",
-        WeightSource(
-            "stock_backbone",
-            hub_id=f"facebook/convnext-{size}-224",
-            discards=(r"encoder\.stages\.3\.", r"layernorm\.", r"classifier\."),
-            neutral=(r"hidden_states_norms\.stage3\.",),
-        ),
+        WeightSource("transformers", hub_id=f"facebook/convnext-{size}-224"),
         imagenet_top1=top1,
     )
 

@@ -39,7 +39,7 @@ def _timm_vit(
         parameters,
         flops,
         "Apache-2.0",
-        WeightSource("timm_vit", hub_id=hub_id, discards=(r"blocks\.11\.", r"norm\.", r"head\.")),
+        WeightSource("timm_vit", hub_id=hub_id),
         imagenet_top1=top1,
     )
 
@@ -131,11 +131,7 @@ PLAIN_VIT_ENCODERS = [
         parameters=290_909_184,
         flops=366_033_858_560,
         licence="MIT",
-        weights=WeightSource(
-            "stock",
-            hub_id="openai/clip-vit-large-patch14-336",
-            discards=(r"encoder\.layers\.23\.", r"post_layernorm\."),
-        ),
+        weights=WeightSource("transformers", hub_id="openai/clip-vit-large-patch14-336"),
     ),
     NamedEncoder(
         "siglip_base_patch16.webli_224",
@@ -144,11 +140,7 @@ PLAIN_VIT_ENCODERS = [
         parameters=78_707_712,
         flops=32_049_217_536,
         licence="Apache-2.0",
-        weights=WeightSource(
-            "stock",
-            hub_id="google/siglip-base-patch16-224",
-            discards=(r"encoder\.layers\.11\.", r"post_layernorm\.", r"head\."),
-        ),
+        weights=WeightSource("transformers", hub_id="google/siglip-base-patch16-224"),
     ),
     NamedEncoder(
         "siglip_so400m_patch14.webli_384",
@@ -157,11 +149,7 @@ PLAIN_VIT_ENCODERS = [
         parameters=397_745_440,
         flops=641_801_428_992,
         licence="Apache-2.0",
-        weights=WeightSource(
-            "stock",
-            hub_id="google/siglip-so400m-patch14-384",
-            discards=(r"encoder\.layers\.26\.", r"post_layernorm\.", r"head\."),
-        ),
+        weights=WeightSource("transformers", hub_id="google/siglip-so400m-patch14-384"),
     ),
     NamedEncoder(
         "dinov2_small_patch14.lvd142m_224",
@@ -170,11 +158,7 @@ PLAIN_VIT_ENCODERS = [
         parameters=20_280_192,
         flops=11_236_164_096,
         licence="Apache-2.0",
-        weights=WeightSource(
-            "stock",
-            hub_id="facebook/dinov2-small",
-            discards=(r"encoder\.layer\.11\.", r"layernorm\.", r"embeddings\.mask_token"),
-        ),
+        weights=WeightSource("transformers", hub_id="facebook/dinov2-small"),
     ),
     NamedEncoder(
         "dinov2_base_patch14.lvd142m_224",
@@ -183,11 +167,7 @@ PLAIN_VIT_ENCODERS = [
         parameters=79_488_768,
         flops=42_481_517_568,
         licence="Apache-2.0",
-        weights=WeightSource(
-            "stock",
-            hub_id="facebook/dinov2-base",
-            discards=(r"encoder\.layer\.11\.", r"layernorm\.", r"embeddings\.mask_token"),
-        ),
+        weights=WeightSource("transformers", hub_id="facebook/dinov2-base"),
     ),
 ]
 

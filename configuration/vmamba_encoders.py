@@ -11,7 +11,6 @@ from .encoder_entry import IMAGENET, IN1K_224, NamedEncoder, Preprocessing, Weig
 _COCO = Preprocessing(800, 1333, *IMAGENET, interpolation="bilinear", geometry="letterbox_corner")
 _ADE20K = Preprocessing(512, 512, *IMAGENET, interpolation="bilinear", geometry="letterbox_corner")
 
-_AFTER_TAP = (r"layers\.3\.", r"layers\.2\.downsample\.")
 _VMAMBA_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
 _VMAMBA_V2 = {  # variant: first width, blocks in stage 3, inner width over width, stochastic depth
     "tiny_s2l5": (96, 5, 2.0, 0.2),
@@ -24,7 +23,7 @@ _VMAMBA_V2 = {  # variant: first width, blocks in stage 3, inner width over widt
 _VMAMBA_V0 = {"tiny_v0": (96, 9, 0.2), "small_v0": (96, 27, 0.3), "base_v0": (128, 27, 0.6)}
 
 
-def _vmamba(variant: str, image_size: int | list[int] = 224, output_norm: str = "none") -> SSMVisionConfig:
+def _vmamba(variant: str, image_size: int | list[int] = 224, output_norm: str = "parameter_free") -> SSMVisionConfig:
     """Sizes of the release; v0 has a gate, 16 states, a 4x4 stem and patch merging, and no MLP."""
     if variant in _VMAMBA_V0:
         width, blocks, drop_path = _VMAMBA_V0[variant]
@@ -52,14 +51,13 @@ def _vmamba_in1k(variant: str, file: str, top1: float, parameters: int, flops: i
         parameters,
         flops,
         "MIT",
-        WeightSource("vmamba", url=_VMAMBA_RELEASES + file, discards=(*_AFTER_TAP, r"(classifier\.)?(norm|head)\.")),
+        WeightSource("vmamba", url=_VMAMBA_RELEASES + file),
         imagenet_top1=top1,
     )
 
 
 def _vmamba_dense(name: str, preprocessing: Preprocessing, file: str, parameters: int, flops: int) -> NamedEncoder:
     """A detector's or segmenter's encoder: it holds a trained norm for the output of each stage."""
-    heads = (r"neck\.", r"rpn_head\.", r"roi_head\.") if ".coco" in name else (r"decode_head\.", r"auxiliary_head\.")
     variant = name.partition(".")[0]
     return NamedEncoder(
         f"vmamba_{name}",
@@ -68,11 +66,7 @@ def _vmamba_dense(name: str, preprocessing: Preprocessing, file: str, parameters
         parameters,
         flops,
         "MIT",
-        WeightSource(
-            "vmamba",
-            url=_VMAMBA_RELEASES + file,
-            discards=(*_AFTER_TAP, r"outnorm[013]\.", *heads),
-        ),
+        WeightSource("vmamba", url=_VMAMBA_RELEASES + file),
     )
 
 

@@ -1,15 +1,32 @@
-"""Reads tensors out of published checkpoint files without running anything that they contain."""
+"""Reads tensors out of published checkpoint files without running anything that they contain.
 
+Tensors are mapped from the file wherever its format allows it: they take memory only as they are read, once.
+"""
+
+import hashlib
+import json
 import pickle
+import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .checkpoint_layout import StateDict
+
 _CONTAINERS = ("model", "state_dict")
+_FILES_OF_A_REPOSITORY = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 class _Bookkeeping:
@@ -29,32 +46,31 @@ class _ArrayBookkeeping:
         pass
 
 
-def read_state_dict(path: str | PathLike) -> dict[str, torch.Tensor]:
-    """The state dict in a `.safetensors` file or in a PyTorch checkpoint.
+def read_state_dict(path: str | PathLike, sha256: str | None = None) -> StateDict:
+    """The tensors in a published file, or in the folder of a downloaded repository.
 
-    A checkpoint is unpickled with `weights_only=True`: no code of it runs and nothing is imported. Classes that it
-    names beside tensors are replaced by inert ones. Of a dict that holds more than tensors, "model" is taken, else
-    "state_dict".
+    `.safetensors`, `.npz` and PyTorch checkpoints of any suffix are read. A checkpoint is unpickled with
+    `weights_only=True`: no code of it runs and nothing is imported. Classes that it names beside tensors are replaced
+    by inert ones. Of a dict that holds more than tensors, "model" is taken, else "state_dict".
 
     Args:
-        path: the file.
+        path: the file, or a folder that holds one file (or shards and their index) under one of the Hub's usual names.
+        sha256: checksum that the file must have, in hexadecimal.
 
     Returns:
         Name -> tensor, on the CPU.
 
     Raises:
         OSError: the file is not there.
-        ValueError: it is not a checkpoint, or holds no state dict.
+        ValueError: it is not the file that the checksum was made of, not a checkpoint, or holds no state dict.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint file {str(path)!r}.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is not a safetensors file: {error}.") from error
-    contents = _unpickle_tensors(path)
+    path = _file_in(Path(path))
+    if sha256 is not None:
+        _check_sha256(path, sha256)
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {key: tensor for shard in shards for key, tensor in read_state_dict(path.parent / shard).items()}
+    contents = _READERS.get(path.suffix, _unpickle_tensors)(path)
     for container in _CONTAINERS:
         if isinstance(contents, dict) and isinstance(contents.get(container), dict):
             contents = contents[container]
@@ -66,7 +82,46 @@ def read_state_dict(path: str | PathLike) -> dict[str, torch.Tensor]:
     return dict(contents)
 
 
-def _unpickle_tensors(path: Path):
+def _file_in(path: Path) -> Path:
+    if path.is_dir():
+        found = [path / name for name in _FILES_OF_A_REPOSITORY if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(
+                f"The folder {str(path)!r} holds no checkpoint file: expected {', '.join(_FILES_OF_A_REPOSITORY)}."
+            )
+        return found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint file {str(path)!r}.")
+    return path
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected.lower():
+        raise ValueError(
+            f"{str(path)!r} is not the published file, or its download is damaged: its SHA-256 is {actual}, that of "
+            f"the published file is {expected}."
+        )
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is not a safetensors file: {error}.") from error
+
+
+def _read_npz(path: Path) -> StateDict:
+    """Arrays of numbers only: what numpy would have to unpickle is refused."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    except (ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{str(path)!r} is not a file of numpy arrays that can be read safely: {error}.") from error
+
+
+def _unpickle_tensors(path: Path) -> Any:
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (ValueError, RuntimeError):  # the format before torch 1.6, or no checkpoint at all: told below
@@ -74,10 +129,13 @@ def _unpickle_tensors(path: Path):
     inert = [(_ArrayBookkeeping if name.startswith("numpy.") else _Bookkeeping, name) for name in named]
     try:
         with torch.serialization.safe_globals(inert):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Only the zip format of torch 1.6 and later can be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{str(path)!r} is not a checkpoint that can be read safely: {reason}") from error
 
+
+_READERS: dict[str, Callable[[Path], Any]] = {".safetensors": _read_safetensors, ".npz": _read_npz}
 
 __all__ = ["read_state_dict"]

@@ -1,21 +1,22 @@
-"""Load VMamba's published checkpoints (github.com/MzeroMiko/VMamba) into our encoder, strictly.
+"""VMamba's published checkpoints (github.com/MzeroMiko/VMamba) as ours.
 
-All spellings that its files use are understood: classification files (`model`), dense-task files (`state_dict`, keys
-under `backbone.`), `x_proj_weight` and `x_proj.weight`, linear layers stored as matrices or as 1x1 convolutions, and
-the oldest names (`self_attention`, `ln_1`, `patch_embed.proj`, `head`). The configuration is read off the tensor
-shapes, so that a file can not be loaded as another variant than it is.
+All spellings that its files use are understood: classification files, dense-task files (keys under `backbone.`, a norm
+per stage), `x_proj_weight` and `x_proj.weight`, linear layers stored as matrices or as 1x1 convolutions, and the oldest
+names (`self_attention`, `ln_1`, `patch_embed.proj`, `head`). The configuration is read off the tensor shapes, so that a
+file can not be loaded as another variant than it is.
 """
 
 import re
 from collections.abc import Callable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..configuration.configuration_ssm_vision import SSMVisionConfig
-from .modeling_ssm_vision import SSMVisionForImageClassification
+from .checkpoint_layout import CheckpointLayout, StateDict
+from .modeling_ssm_vision import SSMVisionBackbone, SSMVisionForImageClassification
 
-DENSE_HEADS = re.compile(r"(neck|rpn_head|roi_head|decode_head|auxiliary_head|data_preprocessor)\.")
-"""Keys of dense-task files that belong to the detector or segmenter around the encoder; they are left out."""
+_DENSE_HEADS = (r"(neck|rpn_head|roi_head|decode_head|auxiliary_head|data_preprocessor)\.",)
 
 _OLDEST_NAMES = (
     (r"^patch_embed\.proj\.", "patch_embed.0."),
@@ -75,146 +76,100 @@ _DOWNSAMPLE_RULES = {
 }
 
 
-def _unwrapped(state_dict: Mapping) -> dict[str, Tensor]:
-    """The encoder's entries under their current names, whatever file they come from."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-    if any(key.startswith("backbone.") for key in state_dict):
-        state_dict = {
-            key.removeprefix("backbone."): value for key, value in state_dict.items() if not DENSE_HEADS.match(key)
-        }
+def _current_names(tensors: Mapping[str, Tensor]) -> StateDict:
+    """The encoder's tensors under VMamba's current names, whatever file they come from."""
     renamed = {}
-    for key, value in state_dict.items():
+    for key, tensor in tensors.items():
+        key = key.removeprefix("backbone.")
         for pattern, replacement in _OLDEST_NAMES:
             key = re.sub(pattern, replacement, key)
-        renamed[key] = value
+        renamed[key] = tensor
     return renamed
 
 
-def convert_vmamba_state_dict(state_dict: Mapping) -> dict[str, Tensor]:
-    """Rename and reshape the tensors of a VMamba checkpoint.
+def _recognises(tensors: Mapping[str, Tensor]) -> bool:
+    return any(re.fullmatch(r"layers\.0\.blocks\.0\.op\.A_logs", key) for key in _current_names(tensors))
 
-    Args:
-        state_dict: what the file holds, or its `model` or `state_dict` entry.
 
-    Returns:
-        tensors under the names of `SSMVisionBackbone` (`stem.`, `stages.`, `output_norms.`), and where the file has a
-        classifier its `norm.` and `classifier.`.
+def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], SSMVisionConfig]:
+    """Every field that a checkpoint decides, read off keys and shapes."""
+    reference = _current_names(tensors)
+    blocks = {(int(m[1]), int(m[2])) for key in reference if (m := re.match(_BLOCK, key))}
+    stages = 1 + max((stage for stage, _ in blocks), default=-1)
 
-    Raises:
-        ValueError: naming every key that is not VMamba's.
-    """
-    reference = _unwrapped(state_dict)
-    stem = _STEM_RULES["conv3x2" if any(key.startswith("patch_embed.5.") for key in reference) else "conv4"]
-    converted, unknown = {}, []
+    def shape(key: str) -> list[int]:
+        if key not in reference:
+            raise ValueError(f"The file is not a whole VMamba encoder: it lacks {key}.")
+        return list(reference[key].shape)
+
+    first = "layers.0.blocks.0."
+    widths = [shape(f"layers.{index}.blocks.0.norm.weight")[0] for index in range(stages)]
+    inner = shape(first + "op.A_logs")[0] // 4
+    ranks = [shape(f"layers.{index}.blocks.0.op.dt_projs_weight")[-1] for index in range(stages)]
+    fields = {
+        "num_channels": shape("patch_embed.0.weight")[1],
+        "stem": "conv3x2" if "patch_embed.5.weight" in reference else "conv4",
+        "hidden_sizes": widths,
+        "depths": [sum(1 for stage, _ in blocks if stage == index) for index in range(stages)],
+        "downsample": _downsample_kind(reference, 0) if stages > 1 else "conv3",
+        "mlp_ratio": shape(first + "mlp.fc1.weight")[0] / widths[0] if first + "mlp.fc1.weight" in reference else 0.0,
+        "ssm_ratio": inner / widths[0],
+        "d_state": shape(first + "op.A_logs")[1],
+        "gated": shape(first + "op.in_proj.weight")[0] == 2 * inner,
+        "conv_bias": first + "op.conv2d.bias" in reference,
+        "dt_rank": "auto" if ranks == [-(-width // 16) for width in widths] else ranks[0],
+        "out_features": [f"stage{stages}"],
+        "output_norm": "parameter_free",
+    }
+    if "classifier.head.weight" in reference:
+        return SSMVisionForImageClassification, SSMVisionConfig(**fields, num_labels=shape("classifier.head.weight")[0])
+    normed = sorted({f"stage{int(m[1]) + 1}" for key in reference if (m := re.match(r"outnorm(\d)\.", key))})
+    if normed:
+        fields |= {"output_norm": "layernorm", "out_features": normed}
+    return SSMVisionBackbone, SSMVisionConfig(**fields)
+
+
+def _convert(tensors: Mapping[str, Tensor], config: SSMVisionConfig) -> StateDict:
+    """Ours of each tensor; a whole classifier keeps its trunk under `model.`."""
+    reference = _current_names(tensors)
+    trunk = "model." if "classifier.head.weight" in reference else ""
+    converted = {}
     for key, tensor in reference.items():
         for pattern, replacement, reshape in _RULES:
             if match := re.fullmatch(pattern, key):
-                converted[match.expand(replacement)] = reshape(tensor)
+                name, tensor = match.expand(replacement), reshape(tensor)
                 break
         else:
-            name = _convert_resampling_key(key, reference, stem)
-            if name is None:
-                unknown.append(key)
-            else:
-                converted[name] = tensor
-    if unknown:
-        raise ValueError(f"Not keys of a VMamba checkpoint: {', '.join(sorted(unknown))}.")
+            name = _resampling_name(key, reference, config)
+        converted[name if name in _HEAD or name == key else trunk + name] = tensor
     return converted
 
 
-def _convert_resampling_key(key: str, reference: Mapping[str, Tensor], stem: dict[str, str]) -> str | None:
-    """Our name of a key of the stem, of a downsampling or of an output norm; None if it is none of them."""
+_HEAD = {f"{module}.{parameter}" for module in ("norm", "classifier") for parameter in ("weight", "bias")}
+
+
+def _resampling_name(key: str, reference: Mapping[str, Tensor], config: SSMVisionConfig) -> str:
+    """Our name of a key of the stem, of a downsampling or of an output norm; any other key stays as it is."""
     if match := re.fullmatch(r"patch_embed\.(\d)\.(weight|bias)", key):
         index, parameter = match.groups()
-        return f"stem.{stem[index]}.{parameter}" if index in stem else None
+        names = _STEM_RULES[config.stem]
+        return f"stem.{names[index]}.{parameter}" if index in names else key
     if match := re.fullmatch(r"layers\.(\d+)\.downsample\.(\d)\.(weight|bias)", key):
         stage, index, parameter = match.groups()
         names = _DOWNSAMPLE_RULES[_downsample_kind(reference, int(stage))]
         # The reference downsamples at the end of a stage, we at the start of the next.
-        return f"stages.{int(stage) + 1}.downsample.{names[index]}.{parameter}" if index in names else None
+        return f"stages.{int(stage) + 1}.downsample.{names[index]}.{parameter}" if index in names else key
     if match := re.fullmatch(r"outnorm(\d)\.(weight|bias)", key):
         return f"output_norms.stage{int(match[1]) + 1}.{match[2]}"
-    return None
+    return key
 
 
 def _downsample_kind(reference: Mapping[str, Tensor], stage: int) -> str:
     return "patch_merge" if f"layers.{stage}.downsample.2.weight" in reference else "conv3"
 
 
-def infer_vmamba_config(state_dict: Mapping, **overrides) -> SSMVisionConfig:
-    """The configuration that a VMamba checkpoint was trained with, read off its keys and shapes.
+VMAMBA_LAYOUT = CheckpointLayout(_recognises, _infer, _convert, _DENSE_HEADS)
+"""A classification file becomes `SSMVisionForImageClassification`; a dense file becomes `SSMVisionBackbone` with the
+norms of its stages, the detector's or segmenter's heads left out."""
 
-    Args:
-        state_dict: as for `convert_vmamba_state_dict`.
-        overrides: further fields, such as `out_features=["stage3"]` for the tap.
-
-    Raises:
-        ValueError: if the file holds no VMamba encoder.
-    """
-    reference = _unwrapped(state_dict)
-    blocks = {(int(m[1]), int(m[2])) for key in reference if (m := re.match(_BLOCK, key))}
-    if not blocks or "patch_embed.0.weight" not in reference:
-        raise ValueError(
-            "The checkpoint holds no VMamba encoder: it has no patch_embed.0.weight or no layers.*.blocks.*."
-        )
-    stages = 1 + max(stage for stage, _ in blocks)
-    depths = [sum(1 for stage, _ in blocks if stage == index) for index in range(stages)]
-    widths = [reference[f"layers.{index}.blocks.0.norm.weight"].numel() for index in range(stages)]
-    first = {key.removeprefix("layers.0.blocks.0."): tensor for key, tensor in reference.items()}
-    inner, states = first["op.A_logs"].shape[0] // 4, first["op.A_logs"].shape[1]
-    fields = {
-        "num_channels": reference["patch_embed.0.weight"].shape[1],
-        "stem": "conv3x2" if "patch_embed.5.weight" in reference else "conv4",
-        "hidden_sizes": widths,
-        "depths": depths,
-        "downsample": _downsample_kind(reference, 0) if stages > 1 else "conv3",
-        "mlp_ratio": first["mlp.fc1.weight"].shape[0] / widths[0] if "mlp.fc1.weight" in first else 0.0,
-        "ssm_ratio": inner / widths[0],
-        "d_state": states,
-        "gated": first["op.in_proj.weight"].shape[0] == 2 * inner,
-        "conv_bias": "op.conv2d.bias" in first,
-        "output_norm": "layernorm" if any(key.startswith("outnorm") for key in reference) else "none",
-    }
-    if "classifier.head.weight" in reference:
-        fields["num_labels"] = reference["classifier.head.weight"].shape[0]
-    return SSMVisionConfig(**(fields | overrides))
-
-
-def load_vmamba_state_dict(model: nn.Module, state_dict: Mapping) -> list[str]:
-    """Load a VMamba checkpoint into `SSMVisionForImageClassification`, `SSMVisionModel` or `SSMVisionBackbone`.
-
-    Returns:
-        the keys left out, in our names: stages past the tap, output norms of other stages, and, except by the
-        classifier, the head. Nothing else is ever left out.
-
-    Raises:
-        ValueError: naming every key that is missing, unexpected or of another shape.
-    """
-    converted = convert_vmamba_state_dict(state_dict)
-    config = model.config
-    past_tap = tuple(f"stages.{stage}." for stage in range(config.tap_stage, len(config.depths)))
-    declared = (*past_tap, "output_norms.", "norm.", "classifier.")
-    if isinstance(model, SSMVisionForImageClassification):
-        head = ("norm.", "classifier.")
-        converted = {key if key.startswith(head) else f"model.{key}": value for key, value in converted.items()}
-        declared = tuple(f"model.{key}" for key in (*past_tap, "output_norms."))
-    own = model.state_dict()
-    missing = [key for key in own if key not in converted]
-    discarded = [key for key in converted if key not in own and key.startswith(declared)]
-    unexpected = [key for key in converted if key not in own and key not in discarded]
-    misshaped = [
-        f"{key} ({list(converted[key].shape)} in the file, {list(own[key].shape)} in the model)"
-        for key in own
-        if key in converted and own[key].shape != converted[key].shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    if any(problems.values()):
-        listed = "; ".join(f"{problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys)
-        raise ValueError(f"The VMamba checkpoint does not fit this {type(model).__name__}: {listed}.")
-    model.load_state_dict({key: converted[key] for key in own})
-    return discarded
-
-
-__all__ = ["convert_vmamba_state_dict", "infer_vmamba_config", "load_vmamba_state_dict"]
+__all__ = ["VMAMBA_LAYOUT"]

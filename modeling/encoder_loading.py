@@ -1,98 +1,91 @@
-"""From a name in the table to a loaded encoder, and from a published file to weights that load by name."""
+"""From a name, a folder or a Hub id to an encoder: step two of two, a whole checkpoint becomes a tapped Backbone.
 
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+Step one, from a published file to a whole checkpoint, is `published_weights`. Loading is strict. Every tensor of
+the whole model is there with its shape; a tensor that is not loaded belongs to a part that the tapped model does not
+have, its head or what lies after the tap; a tensor that the whole model does not have is a tap's norm, which stays
+neutral.
+"""
+
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
-from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.image_utils import PILImageResampling
 
 from ..configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
-from .checkpoint_files import read_state_dict
-from .convert_swin import convert_swin
-from .convert_timm_vit import convert_timm_vit
-from .convert_vmamba import convert_vmamba_state_dict
+from ..configuration.taps import tapped_config, vision_part
+from .checkpoint_layout import StateDict
+from .checkpoint_report import check_same_architecture, report_misfit
 from .image_processing_llava_style import LlavaStyleImageProcessor
+from .published_weights import PublishedWeights, on_meta, read_published, write_folder
 from .token_grid import encoder_downsampling
 
-StateDict = dict[str, torch.Tensor]
-
-
-def _inside_the_adapter(state_dict: StateDict) -> StateDict:
-    return {f"vision_model.{key}": tensor for key, tensor in state_dict.items()}
-
-
-LAYOUTS: dict[str, Callable[[StateDict], StateDict]] = {
-    "timm_vit": convert_timm_vit,
-    "swin": convert_swin,
-    "vmamba": convert_vmamba_state_dict,
-    "stock": _inside_the_adapter,
-    "stock_backbone": dict,
-}
-"""Name in `WeightSource.layout` -> function that renames the keys of a file to ours."""
-
-_READ_BY_STOCK_CLASS = {"stock", "stock_backbone"}
-"""Layouts of Transformers itself: the stock class reads these files, since it knows their older names."""
-
-_NOT_ARCHITECTURE = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type", "return_dict"}
-_NOT_ARCHITECTURE |= {"transformers_version", "output_attentions", "output_hidden_states", "drop_path_rate"}
+_NEUTRAL_NORMS = ("hidden_states_norms.", "swin.layernorm.")
+"""Norms that Transformers' backbones put behind a tap, by the beginnings of their names. `swin.layernorm` is behind the
+last stage that a Swin has: behind another one when its later stages are cut, where it decides nothing."""
 
 
 def load_encoder(
-    name_or_dir: str | PathLike, *, weights_dir: str | PathLike | None = None, pretrained: bool = True
+    name_or_dir: str | PathLike,
+    *,
+    tap: str | None = None,
+    weights_dir: str | PathLike | None = None,
+    pretrained: bool = True,
 ) -> PreTrainedModel:
-    """Builds an encoder from its name in the table, or loads one that was saved.
+    """Builds an encoder: one with a name in the table, a saved one, or any vision model in Transformers' format.
 
     Weights of a name come from the folder `weights_dir/NAME` where `weights_dir` is given, else from the Hub where the
     table knows a repository.
 
     Args:
-        name_or_dir: exact name in `ENCODERS`, or a folder written by `save_pretrained` of a Backbone.
-        weights_dir: folder that holds one folder per encoder, as `convert_encoder` writes them.
+        name_or_dir: exact name in `ENCODERS`; or a folder or Hub id (`owner/name`) that holds a vision model, whole or
+            tapped, or a model that contains one, such as CLIP.
+        tap: the stage or block whose features are used ("stage3", "block11"). By default that of the name, that of a
+            Backbone that was saved with one, else the third of four stages or the second-to-last block.
+        weights_dir: folder that holds one folder per encoder, as `ssm-vlm convert` writes them.
         pretrained: False gives random weights.
 
     Returns:
         A Backbone in eval mode; `feature_maps[-1]` is [B, C, H, W] at its tap.
 
     Raises:
-        ValueError: no such name or folder, or weights of another architecture.
+        ValueError: no such name or folder, no such tap, or weights of another architecture.
         OSError: the weights are not to be had; the message says how to get them.
     """
     name = str(name_or_dir)
-    if name not in ENCODERS:
-        if (Path(name_or_dir) / "config.json").is_file():
-            return _load_saved(Path(name_or_dir))
-        if Path(name_or_dir).is_dir():
-            raise ValueError(f"The folder {name!r} holds no config.json, so no saved encoder.")
+    if name in ENCODERS:
+        return _load_named(ENCODERS[name], tap, weights_dir, pretrained)
+    path = Path(name_or_dir)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"The folder {name!r} holds no config.json, so no saved encoder.")
+    if not path.is_dir() and not _is_hub_id(name):
         get_named_encoder(name)  # raises, naming the nearest
-    encoder = ENCODERS[name]
-    if not pretrained:
-        return AutoBackbone.from_config(encoder.config()).eval()
-    if weights_dir is not None:
-        return _load_saved(_weights_folder(encoder, Path(weights_dir)), expected=encoder.config())
-    if encoder.weights is None or encoder.weights.hub_id is None:
-        raise OSError(f"No repository on the Hub holds {name!r} as safetensors. {_how_to_get(encoder)}")
-    try:
-        return _load_published(encoder, encoder.weights.hub_id)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"Cannot get {name!r} from the Hub ({reason}). {_how_to_get(encoder)}") from error
+    if pretrained:
+        return _load_saved(name, tap)
+    return AutoBackbone.from_config(_tapped_as_saved(AutoConfig.from_pretrained(name), tap)).eval()
 
 
 def convert_encoder(name: str, source: str | PathLike, weights_dir: str | PathLike) -> Path:
     """Turns published weights into the folder `weights_dir/NAME` that `load_encoder(NAME, weights_dir=...)` reads.
 
-    The folder also gets the image processor that the weights were made with. It appears whole or not at all.
+    The folder holds the whole published model and the image processor that the weights were made with. It appears
+    whole or not at all.
 
     Args:
         name: exact name in `ENCODERS`.
-        source: the published file (`.pth`, `.safetensors`) or a download of its Hub repository.
+        source: the published file (`.pth`, `.safetensors`, ...) or a download of its Hub repository.
         weights_dir: where the folder goes; an existing folder of that name is replaced.
 
     Returns:
@@ -105,17 +98,12 @@ def convert_encoder(name: str, source: str | PathLike, weights_dir: str | PathLi
     encoder = get_named_encoder(name)
     if encoder.weights is None:
         raise ValueError(f"{name!r} has no published weights: this project trains it.")
-    backbone = _load_published(encoder, source)
-    weights_dir = Path(weights_dir)
-    weights_dir.mkdir(parents=True, exist_ok=True)
-    target = weights_dir / name
-    with tempfile.TemporaryDirectory(dir=weights_dir, prefix=f".{name}.") as scratch:
-        backbone.save_pretrained(Path(scratch) / name)
-        LlavaStyleImageProcessor(**image_processor_arguments(name)).save_pretrained(Path(scratch) / name)
-        if target.exists():
-            shutil.rmtree(target)
-        (Path(scratch) / name).rename(target)
-    return target
+    if encoder.weights.layout == "transformers":
+        whole = read_transformers(source)
+        hold_to_named(encoder, whole.state_dict(), type(whole), whole.config, str(source))
+    else:
+        whole = read_named(encoder, source).model()
+    return write_folder(whole, LlavaStyleImageProcessor(**image_processor_arguments(name)), Path(weights_dir) / name)
 
 
 def image_processor_arguments(name: str) -> dict[str, Any]:
@@ -132,6 +120,185 @@ def image_processor_arguments(name: str) -> dict[str, Any]:
     }
 
 
+def read_named(encoder: NamedEncoder, source: str | PathLike) -> PublishedWeights:
+    """Reads a published file and holds it to a named encoder, keys and shapes.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    config = encoder.config()
+    stock_config = config.vision_config if config.model_type == "hidden_state_backbone" else None
+    weights = encoder.weights
+    published = read_published(source, weights.layout, stock_config=stock_config, sha256=weights.sha256)
+    hold_to_named(encoder, published.tensors, published.model_class, published.config, str(source))
+    return published
+
+
+def hold_to_named(
+    encoder: NamedEncoder,
+    tensors: Mapping[str, torch.Tensor],
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    where: str,
+) -> None:
+    """Raises ValueError unless a whole model, tapped where the named encoder is, is that encoder."""
+    expected = encoder.config()
+    family = (expected.vision_config if expected.model_type == "hidden_state_backbone" else expected).model_type
+    if vision_part(config).model_type != family:
+        raise ValueError(f"{where} holds a {config.model_type!r} model, but {encoder.name!r} is a {family!r} model.")
+    tapped = on_meta(AutoBackbone._model_mapping[type(expected)], expected)
+    _tensors_of(tapped, tensors, model_class, where)
+    check_same_architecture(where, tapped_config(config, expected.out_features[-1]), expected)
+
+
+def read_transformers(source: str | PathLike) -> PreTrainedModel:
+    """The whole vision model in a folder or repository in Transformers' format, with its head where it has one.
+
+    Of a model that contains a vision model (CLIP, SigLIP, ...) only that is read.
+
+    Raises:
+        ValueError: naming tensors that are missing, unexpected or of another shape.
+        OSError: there is no such model.
+    """
+    config = AutoConfig.from_pretrained(source)
+    part, saved_class = vision_part(config), _saved_class(config)
+    if part is config:
+        model_class, elsewhere = saved_class, set()
+    else:
+        model_class, elsewhere = AutoModel._model_mapping[type(part)], set(on_meta(saved_class, config).state_dict())
+    model, info = model_class.from_pretrained(source, output_loading_info=True)
+    unexpected = [key for key in info["unexpected_keys"] if key not in elsewhere]
+    report_misfit(str(source), missing=info["missing_keys"], unexpected=unexpected, misshaped=info["mismatched_keys"])
+    return model.eval()
+
+
+def _saved_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that saved a checkpoint, by the name in its config; without one the Auto class decides."""
+    for name in config.architectures or ():
+        for auto in (AutoBackbone, AutoModelForImageClassification, AutoModel):
+            model_class = auto._model_mapping.get(type(config), None)
+            for candidate in model_class if isinstance(model_class, tuple) else (model_class,):
+                if candidate is not None and candidate.__name__ == name:
+                    return candidate
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    if type(config) in AutoModel._model_mapping:
+        return AutoModel._model_mapping[type(config)]
+    raise ValueError(f"A {config.model_type!r} checkpoint is of no model class that is known here.")
+
+
+def _is_tapped(config: PreTrainedConfig) -> bool:
+    """Whether this is the config of a saved Backbone with a tap; one that returns every stage is a whole model."""
+    if type(config) not in AutoBackbone._model_mapping:
+        return False
+    stages = [name for name in config.stage_names if name != "stem"]
+    is_backbone = AutoBackbone._model_mapping[type(config)].__name__ in (config.architectures or ())
+    return is_backbone and (config.out_features != stages or len(stages) == 1)
+
+
+def _tapped_as_saved(config: PreTrainedConfig, tap: str | None) -> PreTrainedConfig:
+    return config if tap is None and _is_tapped(config) else tapped_config(config, tap)
+
+
+def _load_saved(source: str, tap: str | None = None) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source)
+    if tap is None and _is_tapped(config):
+        return read_transformers(source)
+    tapped = tapped_config(config, tap)  # a model that cannot be tapped is told before its weights are read
+    whole = read_transformers(source)
+    return tap_whole(whole.state_dict(), type(whole), tapped, source)
+
+
+def _load_named(
+    encoder: NamedEncoder, tap: str | None, weights_dir: str | PathLike | None, pretrained: bool
+) -> PreTrainedModel:
+    expected = encoder.config()
+    if not pretrained:
+        return AutoBackbone.from_config(expected if tap is None else tapped_config(expected, tap)).eval()
+    if weights_dir is not None:
+        folder = Path(weights_dir) / encoder.name
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"There is no saved encoder in {str(folder)!r}. {_how_to_get(encoder)}")
+        return _load_whole(encoder, str(folder), tap)
+    if encoder.weights is None or encoder.weights.hub_id is None:
+        raise OSError(f"No repository on the Hub holds {encoder.name!r} as safetensors. {_how_to_get(encoder)}")
+    hub_id = encoder.weights.hub_id
+    try:
+        if encoder.weights.layout == "transformers":
+            return _load_whole(encoder, hub_id, tap)
+        published = read_named(encoder, hf_hub_download(hub_id, "model.safetensors"))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"Cannot get {encoder.name!r} from the Hub ({reason}). {_how_to_get(encoder)}") from error
+    config = expected if tap is None else tapped_config(published.config, tap)
+    return tap_whole(published.tensors, published.model_class, config, hub_id)
+
+
+def _load_whole(encoder: NamedEncoder, source: str, tap: str | None) -> PreTrainedModel:
+    """A named encoder out of a whole model, or a Backbone already tapped as its name says."""
+    expected = encoder.config()
+    saved = AutoConfig.from_pretrained(source)
+    if _is_tapped(saved):
+        check_same_architecture(source, saved, expected)
+        return _load_saved(source, tap)
+    whole = read_transformers(source)
+    hold_to_named(encoder, whole.state_dict(), type(whole), whole.config, source)
+    config = expected if tap is None else tapped_config(whole.config, tap)
+    return tap_whole(whole.state_dict(), type(whole), config, source)
+
+
+def tap_whole(
+    tensors: Mapping[str, torch.Tensor], model_class: type[PreTrainedModel], config: PreTrainedConfig, where: str
+) -> PreTrainedModel:
+    """The Backbone of everything up to the tap of `config`, with the tensors of a whole model.
+
+    Args:
+        tensors: of the whole model, all of them.
+        model_class: its class.
+        config: a Backbone config, tapped.
+        where: where the tensors come from, for the message.
+
+    Raises:
+        ValueError: naming tensors that the Backbone needs and the whole model lacks, or has in another shape.
+    """
+    backbone_class = AutoBackbone._model_mapping[type(config)]
+    picked = _tensors_of(on_meta(backbone_class, config), tensors, model_class, where)
+    return backbone_class.from_pretrained(None, config=config, state_dict=picked).eval()
+
+
+def _tensors_of(
+    tapped: PreTrainedModel, tensors: Mapping[str, torch.Tensor], model_class: type[PreTrainedModel], where: str
+) -> StateDict:
+    """What the tapped model (without memory) takes from the whole one, under the tapped model's names."""
+    whole = {key.removeprefix(f"{model_class.base_model_prefix}."): tensor for key, tensor in tensors.items()}
+    picked, missing, misshaped = {}, [], []
+    for key, own in tapped.state_dict().items():
+        source = _name_in_whole(key, tapped)
+        found = whole.get(source)
+        fits = found is not None and found.shape == own.shape
+        if not fits and key.startswith(_NEUTRAL_NORMS):
+            found = torch.full(own.shape, 1.0 if key.endswith("weight") else 0.0)
+        elif found is None:
+            missing.append(source)
+        elif not fits:
+            misshaped.append(f"{source} {tuple(found.shape)} instead of {tuple(own.shape)}")
+        picked[key] = found
+    report_misfit(where, missing=missing, unexpected=(), misshaped=misshaped)
+    return picked
+
+
+def _name_in_whole(key: str, tapped: PreTrainedModel) -> str:
+    """A tensor of a tapped model -> its name in the whole model without that model's own prefix."""
+    if tapped.config.model_type == "hidden_state_backbone" and key.startswith("norm."):
+        return f"{tapped.config.family.final_norm}.{key.removeprefix('norm.')}"
+    return key.removeprefix(f"{tapped.base_model_prefix}.")
+
+
+def _is_hub_id(name: str) -> bool:
+    owner, slash, repository = name.partition("/")
+    return bool(owner.strip(".") and slash and repository) and "/" not in repository
+
+
 def _how_to_get(encoder: NamedEncoder) -> str:
     if encoder.weights is None:
         return (
@@ -140,110 +307,18 @@ def _how_to_get(encoder: NamedEncoder) -> str:
         )
     download = f"Download {encoder.weights.url or 'https://huggingface.co/' + encoder.weights.hub_id}"
     return (
-        f"{download}, run convert_encoder({encoder.name!r}, DOWNLOAD, FOLDER) and give weights_dir=FOLDER, "
-        "or pretrained=False for random weights (in a recipe: vision_weights_dir, vision_pretrained)."
+        f"{download}, run `ssm-vlm convert DOWNLOAD --encoder {encoder.name} --output FOLDER/{encoder.name}` and give "
+        "weights_dir=FOLDER, or pretrained=False for random weights (in a recipe: vision_weights_dir, "
+        "vision_pretrained)."
     )
 
 
-def _weights_folder(encoder: NamedEncoder, weights_dir: Path) -> Path:
-    folder = weights_dir / encoder.name
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"There is no saved encoder in {str(folder)!r}. {_how_to_get(encoder)}")
-    return folder
-
-
-def _load_saved(folder: Path, expected: PreTrainedConfig | None = None) -> PreTrainedModel:
-    """A Backbone written by `save_pretrained`, every key checked, of the `expected` architecture where one is given."""
-    config = AutoConfig.from_pretrained(folder)
-    if type(config) not in AutoBackbone._model_mapping:
-        raise ValueError(f"The folder {str(folder)!r} holds a {config.model_type!r} model, which is not a Backbone.")
-    if expected is not None:
-        _check_same_architecture(str(folder), config, expected)
-    backbone_class = AutoBackbone._model_mapping[type(config)]
-    backbone, info = backbone_class.from_pretrained(folder, output_loading_info=True)
-    _report(str(folder), info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    return backbone.eval()
-
-
-def _load_published(encoder: NamedEncoder, source: str | PathLike) -> PreTrainedModel:
-    """Reads published weights strictly: what is dropped and what stays neutral is what the table declares."""
-    weights, where = encoder.weights, str(source)
-    backbone = AutoBackbone.from_config(encoder.config()).eval()
-    if weights.layout in _READ_BY_STOCK_CLASS:
-        published = _read_stock(source, backbone.config, weights.discards)
-    else:
-        path = Path(hf_hub_download(where, "model.safetensors") if where == weights.hub_id else source)
-        file = path / "model.safetensors" if path.is_dir() else path
-        published = {key.removeprefix("backbone."): tensor for key, tensor in read_state_dict(file).items()}
-    unmet = [pattern for pattern in weights.discards if not any(re.match(pattern, key) for key in published)]
-    if unmet:
-        raise ValueError(
-            f"{where} holds no key like {', '.join(unmet)}, which {encoder.name!r} declares to discard: it is another "
-            "architecture or another file."
-        )
-    kept = {key: tensor for key, tensor in published.items() if not _matches(weights.discards, key)}
-    converted, ours = LAYOUTS[weights.layout](kept), backbone.state_dict()
-    _report(
-        where,
-        [key for key in ours if key not in converted and not _matches(weights.neutral, key)],
-        [key for key in converted if key not in ours],
-        [
-            f"{key} {tuple(converted[key].shape)} instead of {tuple(tensor.shape)}"
-            for key, tensor in ours.items()
-            if key in converted and converted[key].shape != tensor.shape
-        ],
-    )
-    backbone.load_state_dict(converted, strict=False)
-    return backbone
-
-
-def _read_stock(source: str | PathLike, config: PreTrainedConfig, discards: Iterable[str]) -> StateDict:
-    """State dict of a stock model as its own class loads it, keys that the class leaves out included."""
-    stock_config = config.vision_config if config.model_type == "hidden_state_backbone" else config
-    stock_class = AutoModel._model_mapping[type(stock_config)]
-    model, info = stock_class.from_pretrained(source, output_loading_info=True)
-    needed = [key for key in info["missing_keys"] if not _matches(discards, key)]
-    _report(str(source), needed, (), info["mismatched_keys"])
-    if stock_config is not config:
-        _check_same_architecture(str(source), model.config, stock_config)
-    return model.state_dict() | {key: torch.empty(0) for key in info["unexpected_keys"]}
-
-
-def _matches(patterns: Iterable[str], key: str) -> bool:
-    return any(re.match(pattern, key) for pattern in patterns)
-
-
-def _architecture(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of a config that decide what it computes, those of configs inside it under `name.field`."""
-    flat: dict[str, Any] = {}
-    for key, value in fields.items():
-        if isinstance(value, dict) and key not in _NOT_ARCHITECTURE:
-            flat |= _architecture(value, f"{prefix}{key}.")
-        elif key not in _NOT_ARCHITECTURE:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def _check_same_architecture(where: str, config: PreTrainedConfig, expected: PreTrainedConfig) -> None:
-    """Fields that no tensor shape shows (heads, activations, epsilons, the tap) must agree, too."""
-    ours, theirs = _architecture(expected.to_dict()), _architecture(config.to_dict())
-    differing = sorted(key for key in ours if theirs.get(key) != ours[key])
-    if differing:
-        pairs = _listed(f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in differing)
-        raise ValueError(f"The weights in {where} are of another architecture: {pairs}.")
-
-
-def _report(where: str, missing: Iterable, unexpected: Iterable, mismatched: Iterable) -> None:
-    """Raises one sentence that names what does not fit."""
-    groups = {"lacks": missing, "has undeclared": unexpected, "has another shape for": mismatched}
-    found = [f"{verb} {_listed(keys)}" for verb, keys in groups.items() if keys]
-    if found:
-        raise ValueError(f"The checkpoint {where} does not fit: it {'; it '.join(found)}.")
-
-
-def _listed(keys: Iterable) -> str:
-    names = sorted(str(key) for key in keys)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-__all__ = ["LAYOUTS", "convert_encoder", "image_processor_arguments", "load_encoder"]
+__all__ = [
+    "convert_encoder",
+    "hold_to_named",
+    "image_processor_arguments",
+    "load_encoder",
+    "read_named",
+    "read_transformers",
+    "tap_whole",
+]

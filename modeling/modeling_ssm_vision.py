@@ -235,13 +235,14 @@ class SSMVisionModel(SSMVisionTrunk):
 
     `hidden_states` are the stem's and each stage's maps as sequences; they differ in N and C, and the last of them is
     `last_hidden_state`. Works as vision tower of the stock `LlavaForConditionalGeneration`
-    (`vision_feature_layer=-1, vision_feature_select_strategy="full"`).
+    (`vision_feature_layer=-1, vision_feature_select_strategy="full"`). Without `add_output_norm` the tap's map is as the
+    last block leaves it, whatever the config says.
     """
 
-    def __init__(self, config: SSMVisionConfig):
+    def __init__(self, config: SSMVisionConfig, add_output_norm: bool = True):
         super().__init__(config)
         self.patch_size = config.patch_size
-        self.output_norms = self._output_norms(config.out_features[-1:])
+        self.output_norms = self._output_norms(config.out_features[-1:] if add_output_norm else [])
         self.post_init()
 
     @can_return_tuple
@@ -290,14 +291,17 @@ class SSMVisionBackbone(BackboneMixin, SSMVisionTrunk):
 
 
 class SSMVisionForImageClassification(SSMVisionPreTrainedModel):
-    """Norm, mean over positions and a linear layer on the tap (by default the last stage)."""
+    """Norm, mean over positions and a linear layer on the tap (by default the last stage).
+
+    The norm is trained with the classifier and stands in place of the config's `output_norm`.
+    """
 
     accepts_loss_kwargs = False
 
     def __init__(self, config: SSMVisionConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = SSMVisionModel(config)
+        self.model = SSMVisionModel(config, add_output_norm=False)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()

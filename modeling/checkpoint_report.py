@@ -1,0 +1,68 @@
+"""Whether a checkpoint fits a model, key by key, and the one sentence that says why not."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+_NOT_ARCHITECTURE = {"_name_or_path", "architectures", "auto_map", "dtype", "drop_path_rate", "id2label", "label2id"}
+_NOT_ARCHITECTURE |= {"output_attentions", "output_hidden_states", "problem_type", "return_dict"}
+_NOT_ARCHITECTURE |= {"transformers_version"}
+# Shapes show the picture size where it decides anything; the tap is compared by the name of its stage.
+_NOT_ARCHITECTURE |= {"image_size", "tap_layer", "out_indices"}
+
+
+def check_fit(where: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
+    """Holds the tensors of a checkpoint to those of a model, names and shapes.
+
+    Raises:
+        ValueError: one sentence with every kind of difference.
+    """
+    report_misfit(
+        where,
+        missing=[key for key in ours if key not in theirs],
+        unexpected=[key for key in theirs if key not in ours],
+        misshaped=[
+            f"{key} {tuple(theirs[key].shape)} instead of {tuple(tensor.shape)}"
+            for key, tensor in ours.items()
+            if key in theirs and theirs[key].shape != tensor.shape
+        ],
+    )
+
+
+def report_misfit(where: str, *, missing: Iterable, unexpected: Iterable, misshaped: Iterable) -> None:
+    """Raises ValueError naming what does not fit, if anything is given."""
+    groups = {"lacks": missing, "has undeclared": unexpected, "has another shape for": misshaped}
+    found = [f"{verb} {listed(keys)}" for verb, keys in groups.items() if keys]
+    if found:
+        raise ValueError(f"The checkpoint {where} does not fit: it {'; it '.join(found)}.")
+
+
+def check_same_architecture(where: str, config: PreTrainedConfig, expected: PreTrainedConfig) -> None:
+    """Fields that no tensor shape shows (heads, activations, epsilons, the tap) must agree, too."""
+    ours, theirs = _architecture(expected.to_dict()), _architecture(config.to_dict())
+    differing = sorted(key for key in ours if theirs.get(key) != ours[key])
+    if differing:
+        pairs = listed(f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in differing)
+        raise ValueError(f"The weights in {where} are of another architecture: {pairs}.")
+
+
+def _architecture(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a config that decide what it computes, those of configs inside it under `name.field`."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, dict) and key not in _NOT_ARCHITECTURE:
+            flat |= _architecture(value, f"{prefix}{key}.")
+        elif key not in _NOT_ARCHITECTURE:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def listed(keys: Iterable, most: int = 5) -> str:
+    """The first names in order, and how many more there are."""
+    names = sorted(str(key) for key in keys)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+__all__ = ["check_fit", "check_same_architecture", "listed", "report_misfit"]
