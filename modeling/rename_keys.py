@@ -1,14 +1,16 @@
 """Renaming of state dict keys by a table of rules, for checkpoints whose transformer blocks fuse q, k and v."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
+from torch import Tensor
+
+from .checkpoint_layout import StateDict
 
 
 def rename_keys(
-    state_dict: dict[str, torch.Tensor], rules: Sequence[tuple[str, str]], fused_rule: tuple[str, str]
-) -> dict[str, torch.Tensor]:
+    state_dict: Mapping[str, Tensor], rules: Sequence[tuple[str, str]], fused_rule: tuple[str, str] | None = None
+) -> StateDict:
     """Applies to each key the first rule that matches; keys that no rule knows keep their names.
 
     Args:
@@ -18,15 +20,15 @@ def rename_keys(
             where "q", "k" or "v" goes.
 
     Returns:
-        A new dict; fused tensors are split in three.
+        A new dict of the same tensors; fused ones are split into three views.
     """
-    renamed = {}
+    renamed: StateDict = {}
     for key, tensor in state_dict.items():
-        template, is_fused = re.subn(*fused_rule, key)
-        if is_fused:
-            for name, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[template.format(name)] = part.clone()
-            continue
+        if fused_rule is not None:
+            template, is_fused = re.subn(*fused_rule, key)
+            if is_fused:
+                renamed |= zip((template.format(name) for name in "qkv"), tensor.chunk(3), strict=True)
+                continue
         for pattern, replacement in rules:
             key, hit = re.subn(pattern, replacement, key)
             if hit:
@@ -35,4 +37,20 @@ def rename_keys(
     return renamed
 
 
-__all__ = ["rename_keys"]
+def count_indices(keys: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest index that the group of `pattern` meets at the beginning of a key; 0 if none does."""
+    return max((int(match[1]) + 1 for key in keys if (match := re.match(pattern, key))), default=0)
+
+
+def need(tensors: Mapping[str, Tensor], key: str, family: str) -> Tensor:
+    """The tensor `key`.
+
+    Raises:
+        ValueError: the file does not hold it.
+    """
+    if key not in tensors:
+        raise ValueError(f"The file looks like a {family} checkpoint, but it holds no {key}.")
+    return tensors[key]
+
+
+__all__ = ["count_indices", "need", "rename_keys"]
