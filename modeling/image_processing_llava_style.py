@@ -38,6 +38,7 @@ class LlavaStyleImagesKwargs(ImagesKwargs, total=False):
     fill: list[int] | tuple[int, ...] | None
     downsampling: list | None
     return_geometry: bool
+    return_image_sizes: bool
 
 
 def load_image(source: Any, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
@@ -185,7 +186,8 @@ class LlavaStyleImageProcessor(PilBackend):
     Calling it with pictures (see `load_image` for what counts as one, nested lists are flattened) returns
     `pixel_values` [n, 3, H, W], float32, smaller canvases padded right and bottom with 0 to the largest, `image_sizes`
     [n, 2], int64, each canvas's own height and width, and with `return_geometry=True` also `geometry`, a list of n
-    `Geometry`.
+    `Geometry`. With `return_image_sizes=False` there are no `image_sizes`, which the stock
+    `LlavaForConditionalGeneration` would take for Pixtral's; all canvases must then be of one size.
     """
 
     valid_kwargs = LlavaStyleImagesKwargs
@@ -199,6 +201,7 @@ class LlavaStyleImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     return_geometry = False
+    return_image_sizes = True
 
     def __init__(self, **kwargs: Unpack[LlavaStyleImagesKwargs]):
         super().__init__(**kwargs)
@@ -249,6 +252,7 @@ class LlavaStyleImageProcessor(PilBackend):
         crop_pct: float | None = None,
         input_data_format: str | ChannelDimension | None = None,
         return_geometry: bool = False,
+        return_image_sizes: bool = True,
         return_tensors: str | None = None,
         **_: Any,
     ) -> BatchFeature:
@@ -270,7 +274,14 @@ class LlavaStyleImageProcessor(PilBackend):
         for row, picture, placed in zip(pixel_values, pictures, geometries, strict=True):
             canvas = np.asarray(placed.paint(picture, fill, resample))  # [h, w, 3]
             row[:, : placed.canvas_height, : placed.canvas_width] = (canvas * scale - shift).transpose(2, 0, 1)
-        features = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        features: dict[str, Any] = {"pixel_values": pixel_values}
+        if return_image_sizes:
+            features["image_sizes"] = image_sizes
+        elif (image_sizes != image_sizes[0]).any():
+            raise ValueError(
+                f"return_image_sizes=False needs canvases of one size, but the geometry {geometry!r} made "
+                f"{sorted(set(map(tuple, image_sizes.tolist())))} (height, width)."
+            )
         if return_geometry:
             features["geometry"] = geometries
         return BatchFeature(features, tensor_type=return_tensors)

@@ -73,7 +73,8 @@ class LlavaStyleProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholder of picture `image_idx` at its full length."""
-        height, width = image_inputs["image_sizes"][image_idx]
+        sizes = image_inputs.get("image_sizes")
+        height, width = image_inputs["pixel_values"].shape[-2:] if sizes is None else sizes[image_idx]
         return self.image_token * self.count_image_tokens(int(height), int(width))
 
     def count_image_tokens(self, canvas_height: int, canvas_width: int) -> int:

@@ -10,6 +10,7 @@ COMMANDS = {
     "chat": ("ssm_vlm.chat", "ask a model about a picture, once or in a conversation"),
     "encoders": ("ssm_vlm.encoders_command", "list every encoder that has a name"),
     "evaluate": ("ssm_vlm.eval.evaluate", "score a model on VQA v2 or RefCOCO files"),
+    "serve": ("ssm_vlm.serve_command", "serve models over HTTP, by `transformers serve`"),
     "train": ("ssm_vlm.training.train_vlm", "train a vision-language model by a recipe"),
 }
 

@@ -15,10 +15,10 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def vision_config() -> SSMVisionConfig:
-    return SSMVisionConfig(hidden_sizes=[8, 8, 16], depths=[1, 1, 1], out_features=["stage3"])
+    return SSMVisionConfig(hidden_sizes=[8, 8, 16], depths=[1, 1, 1], out_features=["stage3"], output_norm="layernorm")
 
 
-def make_processor() -> LlavaStyleProcessor:
+def make_processor(**settings) -> LlavaStyleProcessor:
     """Canvas 32x48 and so 2 x 3 image tokens; a byte-level tokenizer."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,7 +37,10 @@ def make_processor() -> LlavaStyleProcessor:
         extra_special_tokens={"image_token": "<image>"},
     )
     image_processor = LlavaStyleImageProcessor(
-        size={"height": 32, "width": 48}, geometry="resize", downsampling=encoder_downsampling(vision_config())
+        size={"height": 32, "width": 48},
+        geometry="resize",
+        downsampling=encoder_downsampling(vision_config()),
+        **settings,
     )
     return LlavaStyleProcessor(image_processor, tokenizer)
 
@@ -58,7 +61,7 @@ def text_config(processor) -> LlamaConfig:
 
 
 def make_telling(model):
-    """Larger random weights: the answer depends on the picture."""
+    """Larger random weights: what is generated depends on the picture."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed_tokens" not in name:

@@ -33,7 +33,7 @@ def own_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def stock_folder(tmp_path_factory):
     """A saved stock `LlavaForConditionalGeneration` whose tower is ours, with our processor."""
-    folder, processor = tmp_path_factory.mktemp("stock"), make_processor()
+    folder, processor = tmp_path_factory.mktemp("stock"), make_processor(return_image_sizes=False)
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=vision_config(),
@@ -55,6 +55,6 @@ def folder(request):
 @pytest.fixture(scope="session")
 def pictures() -> dict[str, Image.Image]:
     return {
-        "red": Image.radial_gradient("L").resize((60, 40)).convert("RGB"),
-        "blue": Image.linear_gradient("L").resize((30, 50)).convert("RGB"),
+        "red": Image.new("RGB", (60, 40), "red"),
+        "grey": Image.linear_gradient("L").resize((30, 50)).convert("RGB"),
     }

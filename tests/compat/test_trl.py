@@ -8,8 +8,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from datasets import Dataset  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
 
 
 def rows(pictures):
