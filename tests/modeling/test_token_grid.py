@@ -24,6 +24,8 @@ VIT = [[16, "floor"]]
         (239, 240, VIT, (14, 15)),
         (27, 33, [[4, "floor"], [2, "ceil"]], (3, 4)),
         (64, 64, [], (64, 64)),
+        (800, 1333, [*VMAMBA, [2, "ceil"]], (25, 42)),
+        (800, 1333, [*VMAMBA, [[30, 100], "at_most"]], (30, 84)),
     ],
 )
 def test_known_grids(height, width, steps, grid):
@@ -46,9 +48,23 @@ def test_a_canvas_without_a_token_is_refused():
         grid_size(8, 40, VIT)
 
 
-@pytest.mark.parametrize("step", [[0, "ceil"], [2, "round"], [2], 4, ["a", "ceil"], [1.5, "floor"]])
+@pytest.mark.parametrize(
+    "step",
+    [
+        [0, "ceil"],
+        [2, "round"],
+        [2],
+        4,
+        ["a", "ceil"],
+        [1.5, "floor"],
+        [[2], "at_most"],
+        [[0, 2], "at_most"],
+        [2, "at_most"],
+        [[2, 2], "ceil"],
+    ],
+)
 def test_bad_steps_are_named(step):
-    with pytest.raises(ValueError, match='must be .positive int, "ceil"'):
+    with pytest.raises(ValueError, match="must be .positive int, .ceil"):
         grid_size(8, 8, [step])
 
 

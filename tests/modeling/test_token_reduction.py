@@ -11,6 +11,7 @@ from llava_style_toys import IMAGE, SIZE, batch, build, padded, pictures, vision
 
 from ssm_vlm import LlavaStyleForConditionalGeneration, load_connector, model_downsampling, save_connector
 from ssm_vlm.modeling.connectors import CONNECTORS, REDUCTIONS, Connector, connector_downsampling
+from ssm_vlm.modeling.rank_balance import ExtraWork
 from ssm_vlm.modeling.token_grid import grid_size, num_image_tokens
 from ssm_vlm.modeling.token_positions import sincos_2d
 
@@ -300,3 +301,30 @@ def test_a_processor_of_another_model_is_told():
     plain = build(connector="mlp2")
     with pytest.raises(ValueError, match=r"needs downsampling=model_downsampling\(model.config\)"):
         model(**padded(pictures((SIZE, SIZE))), **batch(*image_rows(plain, [(SIZE, SIZE)])))
+
+
+@pytest.mark.parametrize("extra", [ExtraWork(0, True), ExtraWork(1, True), ExtraWork(2, False)])
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_dummy_pictures_for_other_ranks_count_nothing(name, extra, monkeypatch):
+    """What a rank runs only to keep in step changes neither loss nor gradients, with its own pictures and without."""
+    model = build(connector=name, freeze_vision=False, token_positions="sincos2d", **options(name)).train()
+    for stage in model.vision_tower.modules():  # DropPath would draw other numbers
+        if hasattr(stage, "drop_prob"):
+            stage.drop_prob = 0.0
+    sizes = [(SIZE, SIZE), (3 * SIZE, 5 * SIZE)]
+    with_images = {**padded(pictures(*sizes)), **batch(*image_rows(model, sizes))}
+    for inputs in (with_images, batch([1, 4, 5, 6])):
+        have_images = "pixel_values" in inputs
+        seen = []
+        for work in (ExtraWork(0, False), ExtraWork(extra.tower_calls, extra.project and not have_images)):
+            monkeypatch.setattr("ssm_vlm.modeling.modeling_llava_style.extra_work", lambda *_, work=work, **__: work)
+            model.zero_grad()
+            loss = model(**inputs).loss
+            loss.backward()
+            seen.append((loss.detach(), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}))
+        (loss, gradients), (other_loss, other_gradients) = seen
+        torch.testing.assert_close(loss, other_loss)
+        for key, gradient in other_gradients.items():
+            torch.testing.assert_close(gradient, gradients.get(key, torch.zeros_like(gradient)))
+        if extra.tower_calls or not have_images:
+            assert any(key.startswith("connector") for key in other_gradients)
