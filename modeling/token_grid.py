@@ -112,6 +112,7 @@ DOWNSAMPLING: dict[str, Callable[[Any], Downsampling]] = {
     "dinov2": _patch,
     "dinov2_with_registers": _patch,
     "timm_backbone": _timm_backbone,
+    "vitdet": _patch,
 }
 """`model_type` of an encoder config -> its steps up to the tap. A new family of encoders adds one line here."""
 

@@ -78,7 +78,7 @@ def attacks(marker):
         "builtins.exec": Calls(exec, code),
         "builtins.eval": Calls(eval, code),
         "builtins.getattr": Calls(getattr, Calls(__import__, "os"), "system"),
-        "_io.open": Calls(open, str(marker), "w"),
+        "io.open": Calls(open, str(marker), "w"),
         "numpy.load": f"cnumpy\nload\n(V{marker}\ntR.".encode(),
         "numpy.lib.npyio.load": f"cnumpy.lib.npyio\nload\n(V{marker}\ntR.".encode(),
         "numpy.testing.measure": f"cnumpy.testing\nmeasure\n(V{code}\ntR.".encode(),

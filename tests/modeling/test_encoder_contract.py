@@ -43,11 +43,18 @@ def shrink_convnext(config):
     config.hidden_sizes, config.depths, config.layer_scale_init_value = WIDTHS[:3], [1, 1, 2], 0.5
 
 
+def shrink_vitdet(config):
+    config.hidden_size, config.num_attention_heads, config.num_hidden_layers = 16, 2, 3
+    config.window_block_indices, config.window_size = [0, 1], 2
+    config.image_size, config.pretrain_image_size = 4 * config.patch_size, 3 * config.patch_size
+
+
 SHRINK = {
     "ssm_vision": shrink_ssm_vision,
     "hidden_state_backbone": shrink_plain,
     "swin": shrink_swin,
     "convnext": shrink_convnext,
+    "vitdet": shrink_vitdet,
 }
 """A new family of encoders adds one function that makes its config small."""
 
