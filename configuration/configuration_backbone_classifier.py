@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .encoder_configs import EncoderConfigSpec
+
 
 @strict
 class BackboneClassifierConfig(PreTrainedConfig):
@@ -22,7 +24,7 @@ class BackboneClassifierConfig(PreTrainedConfig):
 
     model_type = "backbone_classifier"
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "backbone_config": SubConfigSpec(AutoConfig, model_type="ssm_vision"),
+        "backbone_config": EncoderConfigSpec(AutoConfig, model_type="ssm_vision"),
     }
 
     backbone_config: dict | PreTrainedConfig | None = None

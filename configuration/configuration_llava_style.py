@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .encoder_configs import EncoderConfigSpec
+
 
 @strict
 class LlavaStyleConfig(PreTrainedConfig):
@@ -37,7 +39,7 @@ class LlavaStyleConfig(PreTrainedConfig):
     model_type = "llava_style"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states"]
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "vision_config": SubConfigSpec(AutoConfig, model_type="ssm_vision"),
+        "vision_config": EncoderConfigSpec(AutoConfig, model_type="ssm_vision"),
         "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
     }
 

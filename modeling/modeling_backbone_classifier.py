@@ -1,11 +1,12 @@
 """Image classifier on the tap of any encoder, so that a study can pretrain and score all of them alike."""
 
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_backbone_classifier import BackboneClassifierConfig
+from .own_backbones import build_backbone
 
 POOLINGS = {"mean": lambda tokens: tokens.mean(1), "max": lambda tokens: tokens.amax(1)}  # [B, N, C] -> [B, C]
 
@@ -23,7 +24,7 @@ class BackboneForImageClassification(PreTrainedModel):
 
     def __init__(self, config: BackboneClassifierConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.backbone = AutoBackbone.from_config(config.backbone_config) if backbone is None else backbone
+        self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
         width = self.backbone.channels[-1]
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, config.num_labels)

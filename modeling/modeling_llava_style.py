@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import AutoBackbone, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_llava_style import LlavaStyleConfig
 from .connectors import Connector, ConnectorLinear
 from .image_batches import check_image_tokens, check_tap_features, group_by_size
+from .own_backbones import build_backbone
 from .rank_balance import dummy_picture, extra_work
 from .token_grid import encoder_downsampling, grid_size
 from .token_positions import TOKEN_POSITIONS
@@ -75,7 +76,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.vision_tower = AutoBackbone.from_config(config.vision_config) if vision_tower is None else vision_tower
+        self.vision_tower = build_backbone(config.vision_config) if vision_tower is None else vision_tower
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         accepted = inspect.signature(language_model.forward).parameters

@@ -3,15 +3,8 @@
 Importing this package registers every model with the Transformers Auto classes and does nothing else.
 """
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 
 from .configuration.configuration_backbone_classifier import BackboneClassifierConfig
 from .configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
@@ -27,30 +20,43 @@ from .modeling.modeling_hidden_state_backbone import HiddenStateBackbone
 from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration, LlavaStyleModel
 from .modeling.modeling_ssm_vision import SSMVisionBackbone, SSMVisionForImageClassification, SSMVisionModel
 from .modeling.processing_llava_style import LlavaStyleProcessor
+from .modeling.remote_code import save_with_code
 from .modeling.token_grid import encoder_downsampling, grid_size, num_image_tokens
 
 __version__ = "0.1.0"
 
-AutoConfig.register("backbone_classifier", BackboneClassifierConfig, exist_ok=True)
-AutoModelForImageClassification.register(BackboneClassifierConfig, BackboneForImageClassification, exist_ok=True)
-AutoConfig.register("hidden_state_backbone", HiddenStateBackboneConfig, exist_ok=True)
-AutoBackbone.register(HiddenStateBackboneConfig, HiddenStateBackbone, exist_ok=True)
-AutoConfig.register("llava_style", LlavaStyleConfig, exist_ok=True)
-AutoModel.register(LlavaStyleConfig, LlavaStyleModel, exist_ok=True)
-AutoModelForImageTextToText.register(LlavaStyleConfig, LlavaStyleForConditionalGeneration, exist_ok=True)
+MODELS = {
+    BackboneClassifierConfig: {"AutoModelForImageClassification": BackboneForImageClassification},
+    HiddenStateBackboneConfig: {"AutoModel": HiddenStateBackbone, "AutoBackbone": HiddenStateBackbone},
+    LlavaStyleConfig: {
+        "AutoModel": LlavaStyleModel,
+        "AutoModelForImageTextToText": LlavaStyleForConditionalGeneration,
+    },
+    SSMVisionConfig: {
+        "AutoModel": SSMVisionModel,
+        "AutoBackbone": SSMVisionBackbone,
+        "AutoModelForImageClassification": SSMVisionForImageClassification,
+    },
+}
+"""Config of each family of models -> Auto class -> model: registered here, and found through it in saved folders."""
+
+for config_class, models in MODELS.items():
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class, model in models.items():
+        getattr(transformers, auto_class).register(config_class, model, exist_ok=True)
+    save_with_code(config_class, {"AutoConfig": config_class, **models})
 AutoImageProcessor.register(
     LlavaStyleConfig,
     image_processor_classes={"pil": LlavaStyleImageProcessor, "torchvision": LlavaStyleImageProcessor},
     exist_ok=True,
 )
 AutoProcessor.register(LlavaStyleConfig, LlavaStyleProcessor, exist_ok=True)
-AutoConfig.register("ssm_vision", SSMVisionConfig, exist_ok=True)
-AutoModel.register(SSMVisionConfig, SSMVisionModel, exist_ok=True)
-AutoBackbone.register(SSMVisionConfig, SSMVisionBackbone, exist_ok=True)
-AutoModelForImageClassification.register(SSMVisionConfig, SSMVisionForImageClassification, exist_ok=True)
+save_with_code(LlavaStyleImageProcessor, {"AutoImageProcessor": LlavaStyleImageProcessor})
+save_with_code(LlavaStyleProcessor, {"AutoProcessor": LlavaStyleProcessor})
 
 __all__ = [
     "ENCODERS",
+    "MODELS",
     "BackboneClassifierConfig",
     "BackboneForImageClassification",
     "Geometry",

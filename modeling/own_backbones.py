@@ -1,0 +1,24 @@
+"""From the config of any encoder to its Backbone, this library's own first, whether or not they are registered."""
+
+from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
+
+from .modeling_hidden_state_backbone import HiddenStateBackbone
+from .modeling_ssm_vision import SSMVisionBackbone
+
+OWN_BACKBONES: dict[str, type[PreTrainedModel]] = {
+    backbone.config_class.model_type: backbone for backbone in (HiddenStateBackbone, SSMVisionBackbone)
+}
+"""`model_type` -> each Backbone of this library; its config is in `configuration.encoder_configs`."""
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A Backbone with random weights: of this library by `model_type`, else of Transformers.
+
+    Models that contain an encoder build it here and not with `AutoBackbone`, so that one that was loaded as remote code
+    is made of remote code throughout, even beside this library.
+    """
+    own = OWN_BACKBONES.get(config.model_type)
+    return AutoBackbone.from_config(config) if own is None else own._from_config(config)
+
+
+__all__ = ["OWN_BACKBONES", "build_backbone"]

@@ -1,0 +1,112 @@
+"""Saved folders that hold their own code: `register_for_auto_class` of Transformers, for a library in folders.
+
+With `trust_remote_code=True` Transformers loads classes from Python files that lie flat beside `config.json` and import
+each other as `from .name import ...`; the entry `auto_map` of the JSON file says which class of which file to take.
+Here these files are made from the library's own source, by rewriting its relative imports. Models that were loaded from
+such a folder save their code by Transformers' own means.
+"""
+
+import ast
+import functools
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ProcessorMixin
+
+PACKAGE = __name__.split(".")[0]
+_NOT_IN_NAMES = {PACKAGE, "configuration", "modeling", "ops"}
+_AUTO_MAPS: dict[type, dict[str, str]] = {}
+_LOOKS_LIKE_IMPORT = re.compile(r"^\s*(?:from\s+\.\S+\s+import|import\s+\.)", re.MULTILINE)
+
+
+def flat_name(module: str) -> str:
+    """Name of the file, without suffix, that holds a module of this library: `modeling.ops.x.y` becomes `x_y`."""
+    return "_".join(part for part in module.split(".") if part not in _NOT_IN_NAMES)
+
+
+@functools.cache
+def flatten(module: str) -> tuple[str, frozenset[str]]:
+    """The source of a module of this library for a flat folder, and the modules that it imports.
+
+    Raises:
+        ValueError: the module imports something in a way that a flat folder cannot.
+    """
+    spec = importlib.util.find_spec(module)
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    lines, imported, rewritten = source.splitlines(keepends=True), set(), 0
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import) and any(name.name.split(".")[0] == PACKAGE for name in node.names):
+            raise ValueError(f"{spec.origin}:{node.lineno} imports {PACKAGE} by name: use a relative import.")
+        if not isinstance(node, ast.ImportFrom) or not (node.level or node.module.split(".")[0] == PACKAGE):
+            continue
+        if not (node.level and node.module):
+            raise ValueError(f"{spec.origin}:{node.lineno} must be of the form 'from .module import name'.")
+        target = importlib.util.resolve_name("." * node.level + node.module, spec.parent)
+        imported.add(target)
+        written, line = f"from {'.' * node.level}{node.module} import", lines[node.lineno - 1]
+        before, after = line[: node.col_offset], line[node.col_offset :]
+        if not after.startswith(written):
+            raise ValueError(f"{spec.origin}:{node.lineno} must begin with {written!r}.")
+        lines[node.lineno - 1] = f"{before}from .{flat_name(target)} import{after.removeprefix(written)}"
+        rewritten += 1
+    text = "".join(lines)
+    if len(_LOOKS_LIKE_IMPORT.findall(text)) != rewritten:
+        raise ValueError(f"{spec.origin} has text that Transformers takes for a relative import: word it otherwise.")
+    version = importlib.import_module(PACKAGE).__version__
+    path = module.removeprefix(f"{PACKAGE}.").replace(".", "/")
+    return f"# ssm-vlm {version} (Apache-2.0), made from {path}.py: change it there.\n{text}", frozenset(imported)
+
+
+def flat_files(*modules: str) -> dict[str, str]:
+    """Name -> content of the files that hold these modules and every other of this library that they need."""
+    files: dict[str, str] = {}
+    found, open_modules = set(), set(modules)
+    while open_modules:
+        found |= open_modules
+        imports = set()
+        for module in open_modules:
+            text, imported = flatten(module)
+            name = f"{flat_name(module)}.py"
+            if name in files:
+                raise ValueError(f"Two modules would be saved as {name}; {module} is one of them: rename it.")
+            files[name] = text
+            imports |= imported
+        open_modules = imports - found
+    return dict(sorted(files.items()))
+
+
+def save_with_code(saved: type[PreTrainedConfig | BaseImageProcessor | ProcessorMixin], classes: Mapping[str, type]):
+    """From now on `saved` writes, with its JSON file, an `auto_map` and the code that this names.
+
+    Models need nothing more, since saving one saves its config. The code is written in the place where Transformers
+    writes the JSON file, so that it is uploaded, written by one process only, and left out with adapters, as that is.
+
+    Args:
+        saved: a class with `to_json_file`, as its `save_pretrained` calls it.
+        classes: name of an Auto class -> the class that it is to find.
+    """
+    _AUTO_MAPS[saved] = {auto: f"{flat_name(found.__module__)}.{found.__name__}" for auto, found in classes.items()}
+    modules = sorted({found.__module__ for found in classes.values()})
+    to_json_file = saved.to_json_file
+
+    @functools.wraps(to_json_file)
+    def to_json_file_with_code(self, json_file_path, *args, **kwargs):
+        if type(self) is saved:  # Transformers finds no code for classes that others derive from ours
+            parts = [getattr(self, name) for name in self.get_attributes()] if isinstance(self, ProcessorMixin) else []
+            for part in (self, *parts):
+                if type(part) in _AUTO_MAPS:
+                    part.auto_map = dict(_AUTO_MAPS[type(part)])
+            for name, text in flat_files(*modules).items():
+                (Path(json_file_path).parent / name).write_text(text, encoding="utf-8")
+        to_json_file(self, json_file_path, *args, **kwargs)
+        if isinstance(self, ProcessorMixin):
+            vars(self).pop("auto_map", None)  # which Transformers leaves out of a processor that it reads, and only there
+
+    saved.to_json_file = to_json_file_with_code
+
+
+__all__ = ["flat_files", "flat_name", "save_with_code"]
