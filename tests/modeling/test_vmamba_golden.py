@@ -12,14 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssm_vlm import SSMVisionBackbone, SSMVisionForImageClassification, SSMVisionModel
-from ssm_vlm.modeling import mixers
-from ssm_vlm.modeling.convert_vmamba import (
-    convert_vmamba_state_dict,
-    infer_vmamba_config,
-    load_vmamba_state_dict,
+from ssm_vlm import (
+    LlavaStyleImageProcessor,
+    SSMVisionBackbone,
+    SSMVisionForImageClassification,
+    SSMVisionModel,
+    load_encoder,
 )
+from ssm_vlm.modeling import mixers
+from ssm_vlm.modeling.convert_vmamba import VMAMBA_LAYOUT
 from ssm_vlm.modeling.mixers import SelectiveScan2dMixer
+from ssm_vlm.modeling.published_weights import read_published, write_folder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CLASSIFIERS = ["vmamba_v2_ratio2", "vmamba_v2_ratio1", "vmamba_v0"]
@@ -34,13 +37,16 @@ def golden(case):
     return weights, load_file(FIXTURES / f"{case}.io.safetensors")
 
 
+def config_of(weights):
+    return VMAMBA_LAYOUT.infer(weights)[1]
+
+
 def build(case):
     weights, _ = golden(case)
-    if case in BACKBONES:
-        model = SSMVisionBackbone(infer_vmamba_config(weights, out_features=STAGES))
-    else:
-        model = SSMVisionForImageClassification(infer_vmamba_config(weights))
-    assert load_vmamba_state_dict(model, weights) == []
+    model_class, config = VMAMBA_LAYOUT.infer(weights)
+    assert model_class is (SSMVisionBackbone if case in BACKBONES else SSMVisionForImageClassification)
+    model = model_class(config)
+    model.load_state_dict(VMAMBA_LAYOUT.convert(weights, config))
     return model.eval()
 
 
@@ -72,8 +78,9 @@ def gradient_error(model, case):
         (output * io[f"grad.cotangent{suffix}"]).sum() for output, suffix in zip(outputs, suffixes, strict=True)
     ).backward()
     prefix = "grad.param."
-    reference = convert_vmamba_state_dict({k.removeprefix(prefix): v for k, v in io.items() if k.startswith(prefix)})
-    ours = {name.removeprefix("model."): parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {key.removeprefix(prefix): value for key, value in io.items() if key.startswith(prefix)}
+    reference = VMAMBA_LAYOUT.convert(gradients, model.config)
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert ours.keys() == reference.keys()
     return max(relative_error(ours[name], reference[name]) for name in ours)
 
@@ -155,7 +162,7 @@ def test_gradient_comparison_catches(case, mutation, monkeypatch):
 @cases
 def test_configuration_is_read_off_the_shapes(case):
     made_with = json.loads((FIXTURES / f"{case}.json").read_text())["constructor"]
-    config = infer_vmamba_config(golden(case)[0])
+    config = config_of(golden(case)[0])
     assert config.depths == made_with["depths"]
     assert config.hidden_sizes == [made_with["dims"] * 2**stage for stage in range(4)]
     assert (config.d_state, config.ssm_ratio) == (made_with["ssm_d_state"], made_with["ssm_ratio"])
@@ -163,7 +170,9 @@ def test_configuration_is_read_off_the_shapes(case):
     assert config.gated == (made_with["forward_type"] == "v0")
     assert config.stem == {"v1": "conv4", "v2": "conv3x2"}[made_with["patchembed_version"]]
     assert config.downsample == {"v1": "patch_merge", "v3": "conv3"}[made_with["downsample_version"]]
-    assert config.output_norm == ("layernorm" if "out_indices" in made_with else "none")
+    assert config.output_norm == ("layernorm" if "out_indices" in made_with else "parameter_free")
+    assert config.out_features == (STAGES if "out_indices" in made_with else ["stage4"])
+    assert case in BACKBONES or config.num_labels == made_with["num_classes"]
 
 
 def newest_names(key, tensor):
@@ -212,17 +221,30 @@ spelled_cases = [(case, spelling) for case in CLASSIFIERS for spelling in SPELLI
 spelled_cases += [("vmamba_v0", oldest_names), *((case, dense_file) for case in BACKBONES)]
 
 
-@pytest.mark.parametrize("case, spelling", spelled_cases, ids=lambda value: getattr(value, "__name__", value))
-def test_every_spelling_of_the_keys_loads_alike(case, spelling):
-    weights, _ = golden(case)
-    respelled = dict(spelling(key, tensor) for key, tensor in weights.items())
+def respell(case, spelling):
+    """Contents of a file as VMamba publishes it: tensors beside bookkeeping, a dense file's heads among them."""
+    respelled = dict(spelling(key, tensor) for key, tensor in golden(case)[0].items())
     if spelling is dense_file:
-        respelled["decode_head.conv_seg.weight"] = torch.zeros(1)
-        respelled = {"state_dict": respelled, "meta": {}}
-    ours, expected = convert_vmamba_state_dict(respelled), convert_vmamba_state_dict(weights)
-    assert ours.keys() == expected.keys()
-    assert all(torch.equal(ours[key], expected[key]) for key in ours)
-    assert infer_vmamba_config(respelled).to_dict() == infer_vmamba_config(weights).to_dict()
+        heads = {"decode_head.conv_seg.weight": torch.zeros(1), "roi_head.bbox_head.fc_cls.bias": torch.zeros(2)}
+        return {"state_dict": respelled | heads, "meta": {"epoch": 12}}
+    return {"model": respelled, "epoch": 222}
+
+
+def as_folder(contents, tmp_path):
+    torch.save(contents, tmp_path / "published.pth")
+    whole = read_published(tmp_path / "published.pth").model()
+    return write_folder(whole, LlavaStyleImageProcessor(), tmp_path / "folder")
+
+
+@pytest.mark.parametrize("case, spelling", spelled_cases, ids=lambda value: getattr(value, "__name__", value))
+def test_every_spelling_of_the_keys_gives_the_same_folder_and_outputs(case, spelling, tmp_path):
+    folder = as_folder(respell(case, spelling), tmp_path)
+    model_class = SSMVisionBackbone if case in BACKBONES else SSMVisionForImageClassification
+    model = model_class.from_pretrained(folder).eval()
+    expected = build(case)
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(tensor, expected.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert forward_error(model, case, 1) <= FORWARD_TOLERANCE
 
 
 def test_spellings_differ_from_the_fixture():
@@ -237,56 +259,88 @@ def test_spellings_differ_from_the_fixture():
         )
 
 
-@pytest.mark.parametrize("model_class", [SSMVisionModel, SSMVisionBackbone])
-def test_tap_drops_later_stages_and_the_head(model_class):
-    weights, io = golden("vmamba_v2_ratio2_backbone")
-    config = infer_vmamba_config(weights, out_features=["stage3"])
-    model = model_class(config).eval()
-    discarded = load_vmamba_state_dict(model, weights)
-    assert {key.split(".")[0] + "." + key.split(".")[1] for key in discarded} == {
-        "stages.3", "output_norms.stage1", "output_norms.stage2", "output_norms.stage4",
-    }  # fmt: skip
-    assert not any(name.startswith("stages.3") for name, _ in model.named_parameters())
-    with torch.no_grad():
-        output = model(io["input.2"])
-    expected = io["stage3.2"]
-    if model_class is SSMVisionModel:
-        expected = expected.flatten(2).transpose(1, 2)
-        output = output.last_hidden_state
-    else:
-        (output,) = output.feature_maps
-    assert relative_error(output, expected) <= FORWARD_TOLERANCE
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", BACKBONES)
+@torch.no_grad()
+def test_every_tap_of_a_converted_dense_file(case, stage, tmp_path):
+    folder = as_folder(respell(case, dense_file), tmp_path)
+    io, number = golden(case)[1], int(stage[-1])
+    by_class = SSMVisionBackbone.from_pretrained(folder, out_features=[stage]).eval()
+    for encoder in (by_class, load_encoder(folder, tap=stage)):
+        assert encoder.out_features == [stage] and list(encoder.output_norms) == [stage]
+        assert len(encoder.stages) == number
+        (output,) = encoder(io["input.1"]).feature_maps
+        assert relative_error(output, io[f"{stage}.1"]) <= FORWARD_TOLERANCE
+        # the twin: without the trained norm of this very stage
+        encoder.output_norms[stage].reset_parameters()
+        (output,) = encoder(io["input.1"]).feature_maps
+        assert relative_error(output, io[f"{stage}.1"]) > 10 * FORWARD_TOLERANCE
 
 
-def test_classifier_file_into_a_backbone_discards_exactly_the_head():
-    weights, _ = golden("vmamba_v2_ratio1")
-    discarded = load_vmamba_state_dict(SSMVisionBackbone(infer_vmamba_config(weights)), weights)
-    assert sorted(discarded) == ["classifier.bias", "classifier.weight", "norm.bias", "norm.weight"]
+@pytest.mark.parametrize("stage", STAGES)
+@torch.no_grad()
+def test_every_tap_of_a_converted_classification_file_has_a_norm_without_parameters(stage, tmp_path):
+    folder = as_folder(respell("vmamba_v2_ratio2", released_names), tmp_path)
+    classifier = SSMVisionForImageClassification.from_pretrained(folder).eval()
+    pixel_values = golden("vmamba_v2_ratio2")[1]["input.1"]
+    raw = classifier.model.stage_outputs(pixel_values)[int(stage[-1])]  # [B, H, W, C]
+    expected = torch.nn.functional.layer_norm(raw, raw.shape[-1:]).permute(0, 3, 1, 2)
+    by_class = SSMVisionBackbone.from_pretrained(folder, out_features=[stage]).eval()
+    for encoder in (by_class, load_encoder(folder, tap=stage)):
+        assert encoder.config.output_norm == "parameter_free" and not encoder.output_norms.state_dict()
+        assert relative_error(encoder(pixel_values).feature_maps[-1], expected) <= 1e-6
 
 
-def test_other_variant_is_refused_by_name():
+@torch.no_grad()
+def test_the_sequence_model_reads_a_converted_folder(tmp_path):
+    case = "vmamba_v2_ratio2_backbone"
+    folder = as_folder(respell(case, dense_file), tmp_path)
+    io = golden(case)[1]
+    model = SSMVisionModel.from_pretrained(folder, out_features=["stage3"]).eval()
+    output = model(io["input.2"]).last_hidden_state
+    assert relative_error(output, io["stage3.2"].flatten(2).transpose(1, 2)) <= FORWARD_TOLERANCE
+
+
+def save(weights, tmp_path):
+    torch.save({"model": weights}, tmp_path / "file.pth")
+    return tmp_path / "file.pth"
+
+
+def test_any_depths_and_widths_are_read_off_the_shapes(tmp_path):
     weights, _ = golden("vmamba_v2_ratio2")
-    other, _ = golden("vmamba_v2_ratio1")
-    model = SSMVisionForImageClassification(infer_vmamba_config(weights))
-    with pytest.raises(
-        ValueError, match=r"of another shape: .*mixer\.x_proj_weight \(\[4, 3, 8\] in the file, \[4, 3, 16\]"
-    ):
-        load_vmamba_state_dict(model, other)
-    with pytest.raises(ValueError, match=r"does not fit .* missing: model\.stem\.conv1\.weight"):
-        load_vmamba_state_dict(model, {k: v for k, v in weights.items() if k != "patch_embed.0.weight"})
-    deeper = infer_vmamba_config(weights, depths=[1, 1, 1, 1])
-    with pytest.raises(ValueError, match=r"unexpected: model\.stages\.2\.blocks\.1\.mlp\.fc1"):
-        load_vmamba_state_dict(SSMVisionForImageClassification(deeper), weights)
+    deeper = {key.replace("layers.2.blocks.0", "layers.2.blocks.2"): tensor for key, tensor in weights.items()}
+    assert read_published(save(weights | deeper, tmp_path)).config.depths == [1, 1, 3, 1]
+    shallow = {key: tensor for key, tensor in weights.items() if not key.startswith(("layers.3", "classifier"))}
+    shallow = {key: tensor for key, tensor in shallow.items() if not key.startswith("layers.2.downsample")}
+    published = read_published(save(shallow, tmp_path))
+    assert published.model_class is SSMVisionBackbone and published.config.hidden_sizes == [8, 16, 32]
 
 
 @pytest.mark.parametrize(
-    "key", ["layers.0.blocks.0.op.gate.weight", "patch_embed.3.weight", "layers.0.downsample.7.bias"]
+    "key", ["layers.0.blocks.0.op.gate.weight", "patch_embed.3.weight", "layers.0.downsample.7.bias", "necks.0"]
 )
-def test_unknown_key_is_named(key):
-    with pytest.raises(ValueError, match=f"Not keys of a VMamba checkpoint: {key}"):
-        convert_vmamba_state_dict(golden("vmamba_v2_ratio1")[0] | {key: torch.zeros(1)})
+def test_an_unknown_key_is_named(key, tmp_path):
+    weights, _ = golden("vmamba_v2_ratio1")
+    with pytest.raises(ValueError, match=f"does not fit: it has undeclared {key}."):
+        read_published(save(weights | {key: torch.zeros(1)}, tmp_path))
 
 
-def test_file_of_another_model_is_refused():
-    with pytest.raises(ValueError, match="holds no VMamba encoder"):
-        infer_vmamba_config({"blocks.0.attn.qkv.weight": torch.zeros(1)})
+@pytest.mark.parametrize(
+    "key", ["patch_embed.0.weight", "layers.1.blocks.0.norm.weight", "layers.0.blocks.0.op.in_proj.weight"]
+)
+def test_a_broken_file_is_told(key, tmp_path):
+    weights, _ = golden("vmamba_v2_ratio1")
+    message = f"cannot be read as that: The file is not a whole VMamba encoder: it lacks {key}"
+    with pytest.raises(ValueError, match=message):
+        read_published(save({k: v for k, v in weights.items() if k != key}, tmp_path))
+
+
+def test_a_missing_tensor_and_another_shape_are_named(tmp_path):
+    weights, _ = golden("vmamba_v2_ratio1")
+    weights = {key: tensor for key, tensor in weights.items() if key != "layers.3.blocks.0.norm2.bias"}
+    weights["patch_embed.2.bias"] = torch.zeros(9)
+    message = (
+        r"lacks model\.stages\.3\.blocks\.0\.norm2\.bias; it has another shape for model\.stem\.norm1\.bias \(9,\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_published(save(weights, tmp_path))
