@@ -26,7 +26,7 @@ _TRANSPARENT_BACKGROUND = (255, 255, 255, 255)
 _HIGH_DEPTH_MODES = {"I;16", "I;16L", "I;16B", "I;16N", "I", "F"}
 _REMOTE = ("http://", "https://", "data:image/")
 _SECONDS_TO_WAIT = 30
-_SHOWN_OF_URL = 80  # characters; a data URL may have millions
+_SHOWN = 300  # characters of a URL or path; a data URL may have millions
 
 
 class LlavaStyleImagesKwargs(ImagesKwargs, total=False):
@@ -69,9 +69,9 @@ def load_image(source: Any, input_data_format: str | ChannelDimension | None = N
         what, opened = "the given bytes", None
         source = BytesIO(source)
     elif isinstance(source, str | os.PathLike):
-        what, opened = f"the image file {os.fspath(source)!r}", None
+        what, opened = f"the image file {_shown(os.fspath(source))!r}", None
         if not os.path.isfile(source):
-            raise FileNotFoundError(f"There is no image file {os.fspath(source)!r}.")
+            raise FileNotFoundError(f"There is no image file {_shown(os.fspath(source))!r}.")
     else:
         raise TypeError(
             "A picture must be a path, URL, bytes, PIL picture, numpy array or torch tensor, got "
@@ -86,14 +86,18 @@ def load_image(source: Any, input_data_format: str | ChannelDimension | None = N
         raise ValueError(f"Cannot decode {what}: {str(error).rstrip('.')}.") from error
 
 
+def _shown(text: str) -> str:
+    """The text as messages show it."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def _download(url: str) -> bytes:
     """What an http(s) or data URL holds."""
-    shown = url if len(url) <= _SHOWN_OF_URL else f"{url[:_SHOWN_OF_URL]}..."
     try:
         with urlopen(url, timeout=_SECONDS_TO_WAIT) as response:
             return response.read()
     except (OSError, HTTPException, ValueError) as error:  # ValueError: no base64, no host
-        raise OSError(f"Cannot read the picture at {shown!r}: {str(error).rstrip('.')}.") from error
+        raise OSError(f"Cannot read the picture at {_shown(url)!r}: {str(error).rstrip('.')}.") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
