@@ -1,12 +1,7 @@
-"""The adapter around plain vision transformers: golden features, contract, truncation, bad input."""
-
-import json
-from pathlib import Path
+"""The adapter around plain vision transformers: contract, truncation, bad input; golden features: test_convert_stock."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -21,11 +16,9 @@ from transformers import (
 )
 
 from ssm_vlm.configuration.configuration_hidden_state_backbone import HIDDEN_STATE_FAMILIES, HiddenStateBackboneConfig
-from ssm_vlm.modeling.convert_timm_vit import convert_timm_vit
 from ssm_vlm.modeling.modeling_hidden_state_backbone import HiddenStateBackbone
 from ssm_vlm.modeling.token_grid import encoder_downsampling, grid_size
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 SMALL = {
     "hidden_size": 16,
     "num_hidden_layers": 4,
@@ -59,68 +52,6 @@ def build(stock, **kwargs):
 
 def test_every_family_is_tested():
     assert set(STOCK) == set(HIDDEN_STATE_FAMILIES)
-
-
-class TestGoldenTimm:
-    """Held to timm's `VisionTransformer`: un-normed block outputs and the gradient of every parameter."""
-
-    @pytest.fixture(scope="class")
-    def golden(self):
-        arguments = json.loads((FIXTURES / "vit_timm.json").read_text())["constructor"]
-        stock = ViTConfig(
-            hidden_size=arguments["embed_dim"],
-            num_hidden_layers=arguments["depth"],
-            num_attention_heads=arguments["num_heads"],
-            intermediate_size=4 * arguments["embed_dim"],
-            image_size=arguments["img_size"],
-            patch_size=arguments["patch_size"],
-            layer_norm_eps=1e-6,
-        )
-        io = load_file(FIXTURES / "vit_timm.io.safetensors")
-        return stock, load_file(FIXTURES / "vit_timm.weights.safetensors"), io
-
-    @staticmethod
-    def load(stock, weights, tap_layer, apply_final_norm=False):
-        config = HiddenStateBackboneConfig(vision_config=stock, tap_layer=tap_layer, apply_final_norm=apply_final_norm)
-        backbone = HiddenStateBackbone(config).eval()
-        kept = {k: v for k, v in convert_timm_vit(weights).items() if k in backbone.state_dict()}
-        backbone.load_state_dict(kept)
-        return backbone
-
-    @pytest.mark.parametrize("tap_layer", [0, -2, -1])
-    def test_block_outputs(self, golden, tap_layer):
-        stock, weights, io = golden
-        backbone = self.load(stock, weights, tap_layer)
-        with torch.no_grad():
-            features = backbone(io["input.0"]).feature_maps[-1]
-        expected = io[f"block{tap_layer % 3 + 1}.0"]
-        assert features.shape == expected.shape
-        assert (features - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-    def test_every_gradient(self, golden):
-        stock, weights, io = golden
-        backbone = self.load(stock, weights, tap_layer=-1, apply_final_norm=True)
-        head = nn.Linear(32, 10)
-        head.load_state_dict({name: weights[f"head.{name}"] for name in ("weight", "bias")})
-        cls_token = backbone.norm(backbone.vision_model(io["input.0"]).last_hidden_state[:, 0])
-        logits = head(cls_token)
-        assert (logits - io["logits.0"]).abs().max() <= 1e-4 * io["logits.0"].abs().max()
-        (logits * io["grad.cotangent"]).sum().backward()
-        prefix = "grad.param."
-        expected = convert_timm_vit({k[len(prefix) :]: v for k, v in io.items() if k.startswith(prefix)})
-        actual = {k: v.grad for k, v in backbone.named_parameters()}
-        actual |= {f"head.{k}": v.grad for k, v in head.named_parameters()}
-        assert set(actual) == set(expected)
-        for name, gradient in expected.items():
-            # A bias on all keys shifts every score of a row alike, so its true gradient is zero.
-            scale = 1e-3 if name.endswith("k_proj.bias") else gradient.abs().max()
-            assert (actual[name] - gradient).abs().max() <= 1e-3 * scale, name
-
-    def test_unknown_keys_keep_their_names(self):
-        assert set(convert_timm_vit({"head.weight": torch.ones(1), "norm.bias": torch.ones(1)})) == {
-            "head.weight",
-            "norm.bias",
-        }
 
 
 @pytest.mark.parametrize("model_type", STOCK)
