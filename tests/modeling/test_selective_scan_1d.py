@@ -135,6 +135,13 @@ def test_extreme_step_sizes_stay_finite(shift):
     assert all(tensor.isfinite().all() for tensor in found.values())
 
 
+def test_gradients_of_states_that_decay_fast():
+    """Where exp(-rate step) is about 1e-8, what is left of the state before is no difference of larger numbers."""
+    inputs = make_inputs(1, 99, 3, 4, 2, torch.float32)
+    inputs[6] = inputs[6] + 3.2
+    assert compare("chunked", inputs) < 2e-5
+
+
 def test_environment_chooses(monkeypatch):
     monkeypatch.setenv("SSM_VLM_SCAN_BACKEND", "typo")
     with pytest.raises(ValueError, match=r"selective_scan_1d: unknown backend 'typo' \(SSM_VLM_SCAN_BACKEND asks"):

@@ -76,6 +76,22 @@ def adjoint_scan_(inputs: Tensor, decay: Tensor, through: Tensor, along: int, re
     linear_recurrence_(steps, (first, *decays[:-1]), entry, through, not reverse)
 
 
+def _decayed_states(states: Tensor, decay: Tensor, along: int, reverse: bool, out: Tensor) -> None:
+    """What of the state before each position is left at it, decay_t h_{t-1}, of states made by `scan_`."""
+    size = states.shape[along]
+    current, previous = (0, 1) if reverse else (1, 0)
+    torch.mul(
+        decay.narrow(along, current, size - 1),
+        states.narrow(along, previous, size - 1),
+        out=out.narrow(along, current, size - 1),
+    )
+    first, last = (-1, 0) if reverse else (0, -1)
+    before, after = (slice(1, None), slice(None, -1)) if reverse else (slice(None, -1), slice(1, None))
+    entries = out.select(along, first)  # of each chunk
+    torch.mul(decay.select(along, first)[:, after], states.select(along, last)[:, before], out=entries[:, after])
+    entries[:, first] = 0
+
+
 def _units(
     batch: int, positions: int, channels: int, directions: int, on_cpu: bool
 ) -> Iterator[tuple[slice, int, slice]]:
@@ -177,10 +193,12 @@ class _SelectiveScan2d(torch.autograd.Function):
                 torch.mul(adjoint, scaled, out=product)
                 grad_b[images, :, :, k, n] += product.sum(-1)
                 grad_scaled.addcmul_(adjoint, b_n)
-                # The gradient with respect to delta_t rate is g_t decay_t h_{t-1} = g_t (h_t - scaled_t b_t).
-                states.mul_(adjoint).addcmul_(product, b_n, value=-1)
-                grad_delta.addcmul_(states, rates[k, n, cols])
-                grad_rates[k, n, cols] += states.mul_(delta).sum((0, 1, 2))
+                # The gradient with respect to delta_t rate is g_t decay_t h_{t-1}. Its other form, g_t (h_t - scaled_t
+                # b_t), would lose all digits where states decay fast.
+                _decayed_states(states, decay, along, reverse, out=product)
+                product.mul_(adjoint)
+                grad_delta.addcmul_(product, rates[k, n, cols])
+                grad_rates[k, n, cols] += product.mul_(delta).sum((0, 1, 2))
             grad_delta.addcmul_(grad_scaled, map_x)
             grad_x[images, ..., cols].addcmul_(grad_scaled, delta)
             torch.ops.aten.softplus_backward.grad_input(grad_delta, raw, 1, 20, grad_input=grad_delta)
