@@ -136,10 +136,10 @@ def test_extreme_step_sizes_stay_finite(shift):
 
 
 def test_gradients_of_states_that_decay_fast():
-    """Where exp(-rate step) is about 1e-8, what is left of the state before is no difference of larger numbers."""
+    """Where a state is gone after one step, what is left of the state before is no difference of larger numbers."""
     inputs = make_inputs(1, 99, 3, 4, 2, torch.float32)
-    inputs[6] = inputs[6] + 3.2
-    assert compare("chunked", inputs) < 2e-5
+    inputs[6] = inputs[6] + 4.5
+    assert compare("chunked", inputs) < 5e-6
 
 
 def test_environment_chooses(monkeypatch):

@@ -175,11 +175,11 @@ def test_extreme_step_sizes_stay_finite(backend, shift):
 
 @fast_backends
 def test_gradients_of_states_that_decay_fast(backend):
-    """Where exp(-rate step) is about 1e-8, what is left of the state before is no difference of larger numbers."""
+    """Where a state is gone after one step, what is left of the state before is no difference of larger numbers."""
     inputs = make_inputs(1, 9, 11, 3, 4, 2, torch.float32)
-    inputs[6] = inputs[6] + 3.2
+    inputs[6] = inputs[6] + 4.5
     found = compare(lambda *tensors: selective_scan_2d(*tensors, backend=backend), inputs)
-    assert max(found.values()) < 2e-5, found
+    assert max(found.values()) < 5e-6, found
 
 
 @fast_backends
