@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .configuration_hidden_state_backbone import HIDDEN_STATE_FAMILIES, HiddenStateBackboneConfig
+from .timm_stages import tapped_timm_config
 
 PARTS = ("vision_config", "backbone_config")
 """Fields under which a composite config (CLIP, LLaVA, UPerNet, a detector, ...) keeps that of its vision part."""
@@ -97,6 +98,8 @@ def tapped_config(config: PreTrainedConfig, tap: str | None = None) -> PreTraine
         return _plain(part.vision_config, tap or part.out_features[-1], part.apply_final_norm)
     if part.model_type in HIDDEN_STATE_FAMILIES:
         return _plain(part, tap)
+    if part.model_type == "timm_wrapper":
+        return tapped_timm_config(part.architecture, tap, model_args=part.model_args)
     if part.model_type in UNUSABLE:
         raise ValueError(f"A {part.model_type!r} model cannot be tapped: {UNUSABLE[part.model_type]}.")
     if not isinstance(part, BackboneConfigMixin) or part.stage_names is None:
@@ -104,7 +107,7 @@ def tapped_config(config: PreTrainedConfig, tap: str | None = None) -> PreTraine
             f"A {part.model_type!r} model cannot be tapped: it is no Backbone, and none of the plain vision "
             f"transformers that are known ({', '.join(sorted(HIDDEN_STATE_FAMILIES))})."
         )
-    if part is not config and tap is None:
+    if tap is None and (part is not config or part.model_type == "tapped_timm"):
         tap = part.out_features[-1]
     if part.model_type in BLOCK_BACKBONES:
         return _blocks(part, tap)

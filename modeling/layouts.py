@@ -8,6 +8,7 @@ from .checkpoint_layout import CheckpointLayout
 from .convert_convnext import CONVNEXT_LAYOUT
 from .convert_jax_vit import JAX_VIT_LAYOUT
 from .convert_swin import SWIN_LAYOUT
+from .convert_timm_maxvit import TIMM_MAXVIT_LAYOUT
 from .convert_timm_vit import TIMM_VIT_LAYOUT
 from .convert_vitdet import VITDET_LAYOUT
 from .convert_vmamba import VMAMBA_LAYOUT
@@ -18,6 +19,7 @@ LAYOUTS: dict[str, CheckpointLayout] = {
     "jax_vit": JAX_VIT_LAYOUT,
     "swin": SWIN_LAYOUT,
     "convnext": CONVNEXT_LAYOUT,
+    "timm_maxvit": TIMM_MAXVIT_LAYOUT,
     "vitdet": VITDET_LAYOUT,
 }
 """Name in `WeightSource.layout` -> layout. A new family of files adds one line here."""

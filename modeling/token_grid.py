@@ -111,6 +111,7 @@ DOWNSAMPLING: dict[str, Callable[[Any], Downsampling]] = {
     "convnextv2": _convnext,
     "dinov2": _patch,
     "dinov2_with_registers": _patch,
+    "tapped_timm": lambda config: config.downsampling,
     "timm_backbone": _timm_backbone,
     "vitdet": _patch,
 }
