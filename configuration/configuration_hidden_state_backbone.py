@@ -1,5 +1,6 @@
 """Configuration of the adapter that gives a plain vision transformer the Backbone contract."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,28 +20,54 @@ class HiddenStateFamily:
         num_prefix_tokens: config -> number of tokens before the first patch token (CLS, distillation, registers).
         takes_interpolation: whether `forward` has the argument `interpolate_pos_encoding`; a family without it
             fits its position embedding to the input by itself.
+        fixed_size: config -> whether only pictures of the size that the model was made for can be read.
         drop: attributes of the stock model that only work after the last block (poolers); set to None.
-        overrides: config fields that switch off parts which the tap never uses (heads, mask tokens).
+        overrides: config fields that switch off parts which the tap never uses (heads, mask tokens, masking).
     """
 
-    final_norm: str
-    num_prefix_tokens: Callable[[Any], int]
+    final_norm: str = "layernorm"
+    num_prefix_tokens: Callable[[Any], int] = lambda config: 1
     takes_interpolation: bool = True
+    fixed_size: Callable[[Any], bool] = lambda config: False
     drop: tuple[str, ...] = ()
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
+def _cls_and_registers(config: Any) -> int:
+    return 1 + config.num_register_tokens
+
+
+_CLIP = HiddenStateFamily("post_layernorm")
+_BEIT = HiddenStateFamily(takes_interpolation=False, drop=("pooler",), overrides={"use_mask_token": False})
+
 HIDDEN_STATE_FAMILIES: dict[str, HiddenStateFamily] = {
-    "vit": HiddenStateFamily("layernorm", lambda config: 1, drop=("pooler",)),
-    "deit": HiddenStateFamily("layernorm", lambda config: 2, drop=("pooler",)),
-    "clip_vision_model": HiddenStateFamily("post_layernorm", lambda config: 1),
+    "vit": HiddenStateFamily(drop=("pooler",)),
+    "deit": HiddenStateFamily(num_prefix_tokens=lambda config: 2, drop=("pooler",)),
+    "beit": _BEIT,
+    "data2vec-vision": _BEIT,
+    "vit_mae": HiddenStateFamily(overrides={"mask_ratio": 0.0}),
+    "vit_msn": HiddenStateFamily(),
+    "ijepa": HiddenStateFamily(num_prefix_tokens=lambda config: 0, drop=("pooler",)),
+    "clip_vision_model": _CLIP,
+    "chinese_clip_vision_model": _CLIP,
+    "mlcd_vision_model": HiddenStateFamily("post_layernorm", takes_interpolation=False),
     "siglip_vision_model": HiddenStateFamily("post_layernorm", lambda config: 0, overrides={"vision_use_head": False}),
-    "dinov2": HiddenStateFamily(
-        "layernorm", lambda config: 1, takes_interpolation=False, overrides={"use_mask_token": False}
+    "siglip2_vision_model": HiddenStateFamily(
+        "post_layernorm", lambda config: 0, takes_interpolation=False, overrides={"vision_use_head": False}
     ),
-    "dinov2_with_registers": HiddenStateFamily(
-        "layernorm", lambda config: 1 + config.num_register_tokens, takes_interpolation=False
+    "aimv2_vision_model": HiddenStateFamily(
+        "rms_norm",
+        lambda config: 0,
+        takes_interpolation=False,
+        fixed_size=lambda config: not config.is_native,
+        overrides={"use_head": False},
     ),
+    "dinov2": HiddenStateFamily(takes_interpolation=False, overrides={"use_mask_token": False}),
+    "dinov2_with_registers": HiddenStateFamily(num_prefix_tokens=_cls_and_registers, takes_interpolation=False),
+    "dinov3_vit": HiddenStateFamily("norm", _cls_and_registers, takes_interpolation=False),
+    "pixio": HiddenStateFamily(num_prefix_tokens=lambda config: config.n_cls_tokens, takes_interpolation=False),
+    "tipsv2_vision_model": HiddenStateFamily(num_prefix_tokens=_cls_and_registers, takes_interpolation=False),
+    "internvl_vision": HiddenStateFamily(takes_interpolation=False, overrides={"use_mask_token": False}),
 }
 """`model_type` of a stock vision transformer -> what the adapter has to know. A new family adds one entry."""
 
@@ -134,6 +161,8 @@ class HiddenStateBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels that the position embedding was made for."""
+        if not hasattr(self.stock_config, "image_size"):  # SigLIP 2 counts the patches of a square
+            return (math.isqrt(self.stock_config.num_patches) * self.patch_size,) * 2
         size = self.stock_config.image_size
         return tuple(size) if isinstance(size, list | tuple) else (size, size)
 

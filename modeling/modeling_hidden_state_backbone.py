@@ -13,6 +13,34 @@ from ..configuration.configuration_hidden_state_backbone import HiddenStateBackb
 from .token_grid import grid_size
 
 
+def _pixels(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": pixel_values}
+
+
+def _pixels_in_order(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor]:
+    """MAE sorts its patches by noise before it drops some: with none dropped, this keeps them where they are."""
+    rows, columns = (size // patch_size for size in pixel_values.shape[-2:])
+    order = torch.arange(rows * columns, device=pixel_values.device, dtype=torch.float32)
+    return {"pixel_values": pixel_values, "noise": order.expand(pixel_values.shape[0], -1)}
+
+
+def _patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor]:
+    """SigLIP 2 reads patches [B, h * w, patch * patch * channels] and the grid that they are from."""
+    batch, _, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    seen = pixel_values[..., : rows * patch_size, : columns * patch_size]
+    cells = seen.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))  # [B, C, h, p, w, p]
+    return {
+        "pixel_values": cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2),  # [B, h * w, p * p * C]
+        "pixel_attention_mask": torch.ones(batch, rows * columns, device=seen.device, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[rows, columns]] * batch),
+    }
+
+
+_INPUTS = {"vit_mae": _pixels_in_order, "siglip2_vision_model": _patches}
+"""`model_type` -> (pixels [B, C, H, W], patch size) -> arguments of a stock model that does not read plain pixels."""
+
+
 class HiddenStateBackbone(BackboneMixin, PreTrainedModel):
     """A stock vision transformer cut after its tap, with prefix tokens dropped and the grid folded back.
 
@@ -35,6 +63,9 @@ class HiddenStateBackbone(BackboneMixin, PreTrainedModel):
         family = config.family
         stock_config = copy.deepcopy(config.vision_config)
         stock_config.num_hidden_layers = config.num_blocks
+        if getattr(stock_config, "drop_path_rate", 0.0):  # it grows linearly over the blocks of the whole model
+            whole = config.vision_config.num_hidden_layers
+            stock_config.drop_path_rate *= (config.num_blocks - 1) / max(whole - 1, 1)
         for name, value in family.overrides.items():
             setattr(stock_config, name, value)
         self.vision_model = AutoModel.from_config(stock_config)
@@ -55,6 +86,11 @@ class HiddenStateBackbone(BackboneMixin, PreTrainedModel):
         trained = self.config.image_size
         takes_argument = self.config.family.takes_interpolation
         resized = (height, width) != trained
+        if resized and self.config.family.fixed_size(self.config.vision_config):
+            raise ValueError(
+                f"This {self.config.vision_config.model_type} reads pictures of {trained[0]}x{trained[1]} pixels only, "
+                f"got {height}x{width}."
+            )
         if (resized or not takes_argument) and trained[0] != trained[1]:
             raise ValueError(
                 f"The position embedding of this {self.config.vision_config.model_type} was made for {trained[0]}x"
@@ -81,8 +117,9 @@ class HiddenStateBackbone(BackboneMixin, PreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         only_tap = self.config.out_indices == [self.config.num_blocks]
+        to_inputs = _INPUTS.get(self.config.vision_config.model_type, _pixels)
         outputs = self.vision_model(
-            pixel_values,
+            **to_inputs(pixel_values, self.config.patch_size),
             output_hidden_states=output_hidden_states or not only_tap,
             **self._interpolation(height, width),
             **kwargs,

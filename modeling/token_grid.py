@@ -81,7 +81,20 @@ def _swin(config: Any) -> Downsampling:
 
 def _convnext(config: Any) -> Downsampling:
     # Stem and downsampling are convolutions whose kernel equals their stride, without padding.
-    return [[config.patch_size, "floor"]] + [[2, "floor"] for _ in range(_tap_stage(config) - 1)]
+    stem = getattr(config, "patch_size", 4)
+    return [[stem, "floor"]] + [[2, "floor"] for _ in range(_tap_stage(config) - 1)]
+
+
+def _resnet(config: Any) -> Downsampling:
+    # Convolution and pooling of the stem are padded, and so are the convolutions that start a stage.
+    first = 2 if config.downsample_in_first_stage else 1
+    strides = [2, 2, first, 2, 2, 2]
+    return [[stride, "ceil"] for stride in strides[: 2 + _tap_stage(config)] if stride > 1]
+
+
+def _pvt_v2(config: Any) -> Downsampling:
+    # Padded convolutions; there is no stem before the first stage.
+    return [[stride, "ceil"] for stride in config.strides[: _tap_stage(config) + 1]]
 
 
 def _patch(config: Any) -> Downsampling:
@@ -105,10 +118,14 @@ def _timm_backbone(config: Any) -> Downsampling:
 
 DOWNSAMPLING: dict[str, Callable[[Any], Downsampling]] = {
     "ssm_vision": _ssm_vision,
-    "hidden_state_backbone": lambda config: _patch(config.vision_config),
+    "hidden_state_backbone": _patch,
     "swin": _swin,
+    "swinv2": _swin,
     "convnext": _convnext,
     "convnextv2": _convnext,
+    "dinov3_convnext": _convnext,
+    "pvt_v2": _pvt_v2,
+    "resnet": _resnet,
     "dinov2": _patch,
     "dinov2_with_registers": _patch,
     "tapped_timm": lambda config: config.downsampling,

@@ -1,19 +1,9 @@
-"""The adapter around plain vision transformers: contract, truncation, bad input; golden features: test_convert_stock."""
+"""The adapter around plain vision transformers: contract, truncation, bad input (golden: test_convert_stock)."""
 
 import pytest
 import torch
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoModel,
-    CLIPVisionConfig,
-    DeiTConfig,
-    Dinov2Config,
-    Dinov2WithRegistersConfig,
-    ResNetConfig,
-    SiglipVisionConfig,
-    ViTConfig,
-)
+from transformers import CONFIG_MAPPING, AutoBackbone, AutoConfig, AutoModel, CLIPVisionConfig, ResNetConfig, ViTConfig
+from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from ssm_vlm.configuration.configuration_hidden_state_backbone import HIDDEN_STATE_FAMILIES, HiddenStateBackboneConfig
 from ssm_vlm.modeling.modeling_hidden_state_backbone import HiddenStateBackbone
@@ -27,17 +17,25 @@ SMALL = {
     "image_size": 32,
     "patch_size": 8,
 }
-STOCK = {
-    config.model_type: config
-    for config in (
-        ViTConfig(**SMALL),
-        DeiTConfig(**SMALL),
-        CLIPVisionConfig(**SMALL),
-        SiglipVisionConfig(**SMALL),
-        Dinov2Config(**SMALL),
-        Dinov2WithRegistersConfig(**SMALL, num_register_tokens=3),
-    )
+MORE = {
+    "dinov2_with_registers": {"num_register_tokens": 3},
+    "dinov3_vit": {"num_register_tokens": 3},
+    "beit": {"use_absolute_position_embeddings": True, "use_relative_position_bias": True},
+    "data2vec-vision": {"use_shared_relative_position_bias": True},
+    "vit_mae": {"mask_ratio": 0.75},
+    "internvl_vision": {"use_absolute_position_embeddings": True, "use_mean_pooling": False},
+    "siglip2_vision_model": {"num_patches": 16},
+    "aimv2_vision_model": {"is_native": True},
 }
+STOCK = {
+    name: CONFIG_MAPPING[name](
+        **{key: value for key, value in SMALL.items() if key != "image_size" or name != "siglip2_vision_model"},
+        **MORE.get(name, {}),
+    )
+    for name in HIDDEN_STATE_FAMILIES
+}
+NORMLESS = {"beit", "data2vec-vision"}
+"""Families whose published configs pool the mean and norm only that."""
 
 
 def build(stock, **kwargs):
@@ -50,8 +48,24 @@ def build(stock, **kwargs):
     return backbone
 
 
-def test_every_family_is_tested():
-    assert set(STOCK) == set(HIDDEN_STATE_FAMILIES)
+def stock_hidden_states(model_type, stock, pixels):
+    """Embeddings and every block's output of a stock model, called as its own image processor would have it."""
+    if model_type == "siglip2_vision_model":
+        rows, columns = pixels.shape[2] // 8, pixels.shape[3] // 8
+        return stock(
+            torch.stack([torch.as_tensor(convert_image_to_patches(picture.numpy(), 8)) for picture in pixels]),
+            pixel_attention_mask=torch.ones(len(pixels), rows * columns),
+            spatial_shapes=torch.tensor([[rows, columns]] * len(pixels)),
+            output_hidden_states=True,
+        ).hidden_states
+    arguments = {"output_hidden_states": True}
+    if HIDDEN_STATE_FAMILIES[model_type].takes_interpolation:
+        arguments["interpolate_pos_encoding"] = True
+    if model_type == "vit_mae":  # nothing masked, nothing moved
+        stock.config.mask_ratio = 0.0
+        count = pixels.shape[2] // 8 * (pixels.shape[3] // 8)
+        arguments["noise"] = torch.linspace(0, 1, count).expand(len(pixels), -1)
+    return stock(pixels, **arguments).hidden_states
 
 
 @pytest.mark.parametrize("model_type", STOCK)
@@ -63,35 +77,33 @@ class TestEveryFamily:
         assert features.shape == (2, 16, *grid_size(*size, encoder_downsampling(backbone.config)))
         assert backbone.channels == [16] and backbone.config.hidden_size == 16
 
-    def test_features_are_the_stock_hidden_state_without_prefix(self, model_type):
-        backbone = build(STOCK[model_type], tap_layer=-1)
-        pixels = torch.randn(2, 3, 32, 32)
-        tokens = backbone.vision_model(pixels, output_hidden_states=True).hidden_states[-1]
-        prefix = tokens.shape[1] - 16
+    @pytest.mark.parametrize("tap_layer", [-1, -2, -4])
+    @pytest.mark.parametrize("size", [(32, 32), (32, 40)])
+    def test_features_are_the_whole_stock_models_hidden_state(self, model_type, tap_layer, size):
+        """Held to the model as Transformers builds it, all blocks, norm and pooler included."""
+        backbone = build(STOCK[model_type], tap_layer=tap_layer)
+        stock = AutoModel.from_config(STOCK[model_type]).eval()
+        weights = {key.removeprefix("vision_model."): t for key, t in backbone.state_dict().items()}
+        info = stock.load_state_dict(weights, strict=False)
+        assert not info.unexpected_keys
+        blocks = {name.split("layer")[1].split(".")[1] for name in weights if "layer" in name}
+        assert blocks & set("0123") == set("0123"[: tap_layer % 4 + 1])  # later blocks are not allocated
+        pixels = torch.randn(2, 3, *size)
+        tokens = stock_hidden_states(model_type, stock, pixels)[tap_layer % 4 + 1]
+        grid = (size[0] // 8, size[1] // 8)
+        prefix = tokens.shape[1] - grid[0] * grid[1]
         assert prefix == backbone.config.num_prefix_tokens
-        expected = tokens[:, prefix:].reshape(2, 4, 4, 16).permute(0, 3, 1, 2)
-        assert torch.equal(backbone(pixels).feature_maps[-1], expected)
-
-    def test_truncation_changes_nothing_before_the_tap(self, model_type):
-        stock = STOCK[model_type]
-        whole = build(stock, tap_layer=-1)
-        cut = build(stock, tap_layer=-3)
-        cut.load_state_dict({k: v for k, v in whole.state_dict().items() if k in cut.state_dict()})
-        blocks = {name.split("layer")[1].split(".")[1] for name in cut.state_dict() if "layer" in name}
-        assert blocks & set("0123") == {"0", "1"}  # of 4 blocks the last two are not allocated
-        pixels = torch.randn(1, 3, 32, 40)
-        states = whole(pixels, output_hidden_states=True).hidden_states
-        assert torch.equal(
-            cut(pixels).feature_maps[-1],
-            states[2][:, whole.config.num_prefix_tokens :].reshape(1, 4, 5, 16).permute(0, 3, 1, 2),
-        )
+        expected = tokens[:, prefix:].reshape(2, *grid, 16).permute(0, 3, 1, 2)
+        assert torch.allclose(backbone(pixels).feature_maps[-1], expected, atol=1e-6)
+        assert not torch.allclose(backbone(pixels.flip(3)).feature_maps[-1], expected, atol=1e-2)
 
     def test_no_parameter_is_idle(self, model_type):
         backbone = build(STOCK[model_type])
         backbone(torch.randn(2, 3, 32, 32)).feature_maps[-1].square().sum().backward()
         idle = {name for name, parameter in backbone.named_parameters() if parameter.grad is None}
-        # Transformers always allocates the mask token of DINOv2 with registers.
-        assert idle <= {"vision_model.embeddings.mask_token"} and (not idle or "registers" in model_type)
+        always = dict.fromkeys(("dinov2_with_registers", "dinov3_vit", "tipsv2_vision_model"), "mask_token")
+        always["vit_mae"] = "position_embeddings"  # sines, which are not trained
+        assert idle == {f"vision_model.embeddings.{always[name]}" for name in always if name == model_type}
 
     def test_saved_and_reloaded_bit_equal(self, model_type, tmp_path):
         backbone = build(STOCK[model_type], out_features=["block1", "block3"], apply_final_norm=True)
@@ -104,6 +116,8 @@ class TestEveryFamily:
             assert torch.equal(one, other)
 
     def test_final_norm(self, model_type):
+        if model_type in NORMLESS:
+            pytest.skip("its published models have no final norm")
         backbone = build(STOCK[model_type], tap_layer=-1, apply_final_norm=True)
         raw = build(STOCK[model_type], tap_layer=-1)
         raw.load_state_dict({k: v for k, v in backbone.state_dict().items() if not k.startswith("norm.")})
@@ -162,7 +176,10 @@ def test_gradient_checkpointing_gives_equal_gradients():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"vision_config": ResNetConfig()}, "cannot wrap a vision_config of model_type 'resnet'; it knows clip_vision"),
+        (
+            {"vision_config": ResNetConfig()},
+            "cannot wrap a vision_config of model_type 'resnet'; it knows aimv2_vision_model, beit, ",
+        ),
         ({"vision_config": ViTConfig(**SMALL), "tap_layer": 4}, r"tap_layer 4 is outside the 4 blocks.*-4 to 3"),
         ({"vision_config": ViTConfig(**SMALL), "tap_layer": -5}, "tap_layer -5 is outside the 4 blocks"),
         ({"vision_config": ViTConfig(**SMALL | {"patch_size": [8, 4]})}, r"needs square patches.*\[8, 4\]"),
@@ -184,3 +201,17 @@ def test_a_position_embedding_made_for_an_oblong_is_used_only_for_that():
     assert backbone(torch.randn(1, 3, 16, 40)).feature_maps[-1].shape == (1, 16, 2, 5)
     with pytest.raises(ValueError, match="was made for 16x40 pixels; only one made for a square"):
         backbone(torch.randn(1, 3, 32, 32))
+
+
+def test_a_model_of_one_picture_size_says_so():
+    stock = CONFIG_MAPPING["aimv2_vision_model"](**SMALL, is_native=False)
+    backbone = build(stock)
+    assert backbone(torch.randn(1, 3, 32, 32)).feature_maps[-1].shape == (1, 16, 4, 4)
+    with pytest.raises(ValueError, match="aimv2_vision_model reads pictures of 32x32 pixels only, got 8x8"):
+        backbone(torch.randn(1, 3, 8, 8))
+
+
+def test_stochastic_depth_of_the_kept_blocks_is_that_of_the_whole_model():
+    stock = CONFIG_MAPPING["dinov2"](**SMALL, drop_path_rate=0.3)
+    cut = build(stock, tap_layer=1).vision_model.config
+    assert cut.num_hidden_layers == 2 and cut.drop_path_rate == pytest.approx(0.1)

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import ConvNextConfig, ResNetConfig, SwinConfig, TimmBackboneConfig, ViTConfig
+from transformers import ConvNextConfig, BitConfig, SwinConfig, TimmBackboneConfig, ViTConfig
 
 from ssm_vlm.configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from ssm_vlm.modeling.token_grid import encoder_downsampling, grid_size, num_image_tokens
@@ -99,5 +99,5 @@ def test_timm_backbones_are_measured(model, out_indices, steps):
 
 
 def test_an_unknown_encoder_type_is_named():
-    with pytest.raises(ValueError, match="encoder type 'resnet' is not known.*DOWNSAMPLING"):
-        encoder_downsampling(ResNetConfig())
+    with pytest.raises(ValueError, match="encoder type 'bit' is not known.*DOWNSAMPLING"):
+        encoder_downsampling(BitConfig())
