@@ -48,12 +48,14 @@ class Result:
         num_items: items in all.
         blank_images: whether the model was shown pictures of one colour instead of the real ones.
         predictions: the file with every answer.
+        data: what was asked, in words, for people and model cards.
     """
 
     scores: dict[str, TaskScore]
     num_items: int
     blank_images: bool
     predictions: Path
+    data: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -77,6 +79,7 @@ def evaluate(
     blank_images: bool = False,
     blank_floor: bool = False,
     floor_items: Sequence[EvalItem] | None = None,
+    data: str | None = None,
     progress: bool = True,
 ) -> Result:
     """Asks `model` every item, one picture and one prompt each, and scores what it says.
@@ -98,6 +101,7 @@ def evaluate(
         blank_floor: after that, ask everything once more with blank pictures, and note the score among the floors; its
             answers go to a second file, named like the first with `.blank` before the suffix.
         floor_items: items, say of the training set, that the constant answers and the mean box are taken from.
+        data: what the items are, in words, such as "VQA v2 validation"; noted in the result.
         progress: show a progress bar.
 
     Raises:
@@ -147,7 +151,7 @@ def evaluate(
             task: dataclasses.replace(score, floors={**score.floors, "blank_image": blank.scores[task].score})
             for task, score in scores.items()
         }
-    return Result(scores, len(items), blank_images, Path(output_jsonl))
+    return Result(scores, len(items), blank_images, Path(output_jsonl), data)
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -307,6 +311,12 @@ def _read_grounding(options: argparse.Namespace) -> list[EvalItem]:
     return read_refcoco(options.questions, options.annotations, options.images, options.split)
 
 
+def _data_name(options: argparse.Namespace) -> str:
+    """The name of the file of questions, and of the split that was taken from it."""
+    name = Path(options.questions).name
+    return name if options.task == "vqa" else f"{name}, {options.split}"
+
+
 _READERS: dict[str, Callable[[argparse.Namespace], list[EvalItem]]] = {"vqa": _read_vqa, "grounding": _read_grounding}
 
 
@@ -320,6 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-pattern", help="vqa: name of an image, for example '{image_id:012d}.jpg'")
     parser.add_argument("--split", default="val", help="grounding: val, testA, ... (default: val)")
     parser.add_argument("--output", required=True, help="file of answers, .jsonl; scores go beside it as .scores.json")
+    parser.add_argument("--data", help="what this data is, in words, for the model card; default: the file's name")
     parser.add_argument("--limit", type=int, help="ask only so many items, chosen at random but always the same")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -350,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             box_frame=options.box_frame or getattr(model.config, "box_frame", "centered_square"),
             iou_threshold=options.iou_threshold,
             blank_floor=options.blank_floor,
+            data=options.data or _data_name(options),
         )
         result.save(Path(options.output).with_suffix(".scores.json"))
     except (ValueError, OSError) as error:

@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration.named_encoders import get_named_encoder
+from ..modeling.model_card import write_card
 from ..modeling.token_grid import encoder_downsampling, num_image_tokens
 from ..training.digit_scenes import DigitScenesConfig, write_digit_scenes
 from ..training.recipe import RunArguments, RunDirectory, parse_recipe, run_script
@@ -201,7 +202,7 @@ def _train_vlm(study: StudyArguments, name: str, data: Path, language_model: Pat
 
 def _evaluate(study: StudyArguments, vlm: Path, items: list[EvalItem]) -> Result:
     model = AutoModelForImageTextToText.from_pretrained(vlm)
-    return evaluate(
+    result = evaluate(
         model,
         AutoProcessor.from_pretrained(vlm),
         items,
@@ -210,7 +211,11 @@ def _evaluate(study: StudyArguments, vlm: Path, items: list[EvalItem]) -> Result
         max_new_tokens=study.max_new_tokens,
         box_frame=model.config.box_frame,
         blank_floor=True,
+        data=f"DigitScenes {study.split}",
     )
+    result.save(result.predictions.with_suffix(".scores.json"))
+    write_card(vlm)
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> list[StudyRow]:

@@ -1,6 +1,5 @@
 """The study's table: one row an encoder, floors and warnings at the foot; for the terminal and as Markdown."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..modeling.intervals import wilson_interval
 from .evaluate import Result
 from .scores import TaskScore
 
@@ -243,9 +243,8 @@ def _chance(rows: Sequence[StudyRow]) -> str:
     """The widest 95 % interval among the models, as if items were independent and right or wrong (Wilson, 1927)."""
 
     def widest(scores: list[float], items: int) -> float:
-        z = 1.96
-        spread = max(math.sqrt(score * (1 - score) / items + z**2 / (4 * items**2)) for score in scores)
-        return 100 * z * spread / (1 + z**2 / items)
+        intervals = [wilson_interval(score, items) for score in scores]
+        return max(50 * (high - low) for low, high in intervals)
 
     vqa = widest([row.vqa for row in rows], rows[0].vqa_items)
     boxes = widest([row.localisation for row in rows], rows[0].localisation_items)

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 COMMANDS = {
     "study": ("ssm_vlm.eval.study", "run a controlled study, by default the embedded one, and print its table"),
     "chat": ("ssm_vlm.chat", "ask a model about a picture, once or in a conversation"),
+    "convert": ("ssm_vlm.convert_command", "turn published weights into a folder that Transformers loads"),
     "encoders": ("ssm_vlm.encoders_command", "list every encoder that has a name"),
     "evaluate": ("ssm_vlm.eval.evaluate", "score a model on VQA v2 or RefCOCO files"),
     "serve": ("ssm_vlm.serve_command", "serve models over HTTP, by `transformers serve`"),
+    "card": ("ssm_vlm.card_command", "write the model card of a saved model"),
+    "push": ("ssm_vlm.push_command", "upload a saved model to the Hugging Face Hub"),
     "train": ("ssm_vlm.training.train_vlm", "train a vision-language model by a recipe"),
 }
 

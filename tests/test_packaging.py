@@ -146,7 +146,8 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     recipes = {f"ssm_vlm/{path.as_posix()}" for path in source_files("*.yaml") if path.parent.name == "recipes"}
     studies = {f"ssm_vlm/{path.as_posix()}" for path in source_files("*.yaml") if path.parent.name == "studies"}
     assert recipes and all(name.startswith("ssm_vlm/training/recipes/") for name in recipes)
-    assert names == code | recipes | studies | {"ssm_vlm/py.typed", "ssm_vlm/eval/studies/another.yaml"}
+    cards = {f"ssm_vlm/model_cards/{path.name}" for path in (ROOT / "model_cards").iterdir() if path.is_file()}
+    assert names == code | recipes | studies | cards | {"ssm_vlm/py.typed", "ssm_vlm/eval/studies/another.yaml"}
     assert {"METADATA", "LICENSE", "entry_points.txt"} <= metadata
 
 

@@ -4,6 +4,7 @@ The run directory then holds the classifier (`AutoModelForImageClassification`),
 with its image processor, ready to be a `vision_encoder` or a folder of `vision_weights_dir`.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,8 +15,10 @@ import numpy as np
 from transformers import EvalPrediction, set_seed
 
 from ..configuration.configuration_backbone_classifier import BackboneClassifierConfig
-from ..modeling.encoder_loading import image_processor_arguments, load_encoder
+from ..modeling.encoder_loading import load_encoder
+from ..modeling.encoder_preprocessing import image_processor_arguments
 from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
+from ..modeling.model_card import write_card
 from ..modeling.modeling_backbone_classifier import BackboneForImageClassification
 from .image_folder import ImageFolder, collate_images
 from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
@@ -41,7 +44,8 @@ def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory
     """Trains, unless the run is already finished.
 
     Returns:
-        The run's directory; its summary holds `accuracy` on `val_folder`.
+        The run's directory; its summary holds `accuracy` on `val_folder`, the number of its pictures, and the accuracy
+        of always naming the most frequent class.
     """
     require(encoder, "vision_encoder", "train_folder", "val_folder")
     folders = {key: partial(fingerprint, getattr(encoder, key)) for key in ("train_folder", "val_folder")}
@@ -75,7 +79,17 @@ def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory
         BackboneForImageClassification.from_pretrained(folder).backbone.save_pretrained(folder / "backbone")
         image_processor.save_pretrained(folder / "backbone")
 
-    train_and_save(trainer, run, save, lambda: {"accuracy": trainer.evaluate()["eval_accuracy"]})
+    def summary() -> dict[str, float]:
+        most_frequent = Counter(tuple(labels) for _, labels in val_set.samples).most_common(1)[0][1]
+        return {
+            "accuracy": trainer.evaluate()["eval_accuracy"],
+            "accuracy_items": len(val_set),
+            "accuracy_floor": most_frequent / len(val_set),
+        }
+
+    train_and_save(trainer, run, save, summary)
+    if trainer.is_world_process_zero():
+        write_card(run.path)
     return run
 
 

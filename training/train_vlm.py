@@ -6,7 +6,8 @@ change with it.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, set_seed
 
-from ..configuration.named_encoders import ENCODERS
 from ..modeling.chat_templates import VICUNA_TEMPLATE
 from ..modeling.connectors import connector_downsampling
-from ..modeling.encoder_loading import image_processor_arguments, load_encoder
+from ..modeling.encoder_loading import load_encoder
+from ..modeling.encoder_preprocessing import encoder_image_processor
 from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
+from ..modeling.model_card import write_card
 from ..modeling.modeling_llava_style import LlavaStyleForConditionalGeneration
 from ..modeling.processing_llava_style import LlavaStyleProcessor
-from ..modeling.token_grid import encoder_downsampling
 from .collator import ConversationCollator, as_list
 from .datasets import LlavaConversations
 from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
@@ -38,7 +39,11 @@ class ModelArguments:
     """What the model is made of."""
 
     vision_encoder: str | None = field(
-        default=None, metadata={"help": "Name in the table (`ssm-vlm encoders`), or folder of a saved encoder."}
+        default=None,
+        metadata={"help": "Name in the table (`ssm-vlm encoders`), or folder or Hub id of any vision model."},
+    )
+    vision_tap: str | None = field(
+        default=None, metadata={"help": "Stage or block to take, as stage3 or block11; by default the encoder's own."}
     )
     vision_weights_dir: str | None = field(
         default=None, metadata={"help": "Folder with a folder of weights per encoder name; by default the Hub."}
@@ -96,23 +101,22 @@ class DataArguments:
     )
 
 
-def build_processor(model_args: ModelArguments, downsampling: list) -> LlavaStyleProcessor:
-    """Image processor of the encoder and tokenizer of the language model, with `<image>` as a token."""
-    name = model_args.vision_encoder
-    if name in ENCODERS:
-        image_processor = LlavaStyleImageProcessor(**image_processor_arguments(name))
-    else:
-        image_processor = AutoImageProcessor.from_pretrained(name)
-    settings: dict[str, Any] = image_processor.to_dict() | {"downsampling": downsampling}
+def build_processor(
+    model_args: ModelArguments, encoder_config: PreTrainedConfig, fewer_tokens: list | tuple = ()
+) -> LlavaStyleProcessor:
+    """Image processor of the encoder and tokenizer of the language model, with `<image>` as a token.
+
+    `fewer_tokens` are the steps by which the connector goes on where the encoder's `downsampling` ends.
+    """
+    image_processor = encoder_image_processor(model_args.vision_encoder, encoder_config)
+    settings: dict[str, Any] = image_processor.to_dict()
+    settings["downsampling"] = [*settings["downsampling"], *fewer_tokens]
     if model_args.geometry is not None:
         settings["geometry"] = model_args.geometry
     if model_args.image_size is not None:
         settings["size"] = {"height": model_args.image_size, "width": model_args.image_size}
-    try:
+    with _named("language_model", model_args.language_model):
         tokenizer = AutoTokenizer.from_pretrained(model_args.language_model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"The language model {model_args.language_model!r} cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -122,12 +126,23 @@ def build_processor(model_args: ModelArguments, downsampling: list) -> LlavaStyl
     )
 
 
+@contextmanager
+def _named(key: str, value: str) -> Iterator[None]:
+    """What cannot be loaded is told in one line, with the recipe's key."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"{key}: {value!r} cannot be loaded: {reason}") from error
+
+
 def build_model(
     model_args: ModelArguments,
 ) -> tuple[LlavaStyleForConditionalGeneration, LlavaStyleProcessor]:
     """The model, its parts loaded and its frozen parts frozen, and its processor."""
     encoder = load_encoder(
         model_args.vision_encoder,
+        tap=model_args.vision_tap,
         weights_dir=model_args.vision_weights_dir,
         pretrained=model_args.vision_pretrained,
     )
@@ -136,13 +151,14 @@ def build_model(
         "connector_factor": model_args.connector_factor,
     }
     fewer_tokens = connector_downsampling(model_args.connector, **connector_options)
-    processor = build_processor(model_args, encoder_downsampling(encoder.config) + fewer_tokens)
-    language_model = AutoModelForCausalLM.from_pretrained(model_args.language_model, dtype=torch.float32)
+    processor = build_processor(model_args, encoder.config, fewer_tokens)
+    with _named("language_model", model_args.language_model):
+        language_model = AutoModelForCausalLM.from_pretrained(model_args.language_model, dtype=torch.float32)
     rows = language_model.get_input_embeddings().num_embeddings
     if len(processor.tokenizer) > rows:
         language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
     model = LlavaStyleForConditionalGeneration.from_parts(
-        encoder,
+        encoder.float(),
         language_model,
         image_token_id=processor.image_token_id,
         connector=model_args.connector,
@@ -202,12 +218,18 @@ def train_vlm(model_args: ModelArguments, data_args: DataArguments, args: RunArg
         grouping=(data.lengths(tokens), data.is_multimodal),
     )
 
-    train_and_save(trainer, run, processor.save_pretrained)
+    def summary() -> dict[str, Any]:
+        local = [key for key in ("vision_encoder", "language_model") if Path(getattr(model_args, key)).exists()]
+        return {"conversations": len(data), "local": local}
+
+    train_and_save(trainer, run, processor.save_pretrained, summary)
+    if trainer.is_world_process_zero():
+        write_card(run.path)
     return run
 
 
 def main(argv: Sequence[str] | None = None) -> RunDirectory:
-    return train_vlm(*parse_recipe(argv, ModelArguments, DataArguments, RunArguments))
+    return train_vlm(*parse_recipe(argv, ModelArguments, DataArguments, RunArguments, prog="ssm-vlm train"))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,8 @@ def train_and_save(
             "steps": trainer.state.global_step,
             "log": [entry for entry in trainer.state.log_history if "loss" in entry],
             "seconds": trainer.stopwatch.seconds,
+            "batch": trainer.args.train_batch_size * trainer.args.world_size * trainer.args.gradient_accumulation_steps,
+            "versions": {name: version(name) for name in ("torch", "transformers")},
             **summary(),
         }
         partial = run.path / "model.partial"

@@ -1,0 +1,1 @@
+"""Templates of model cards, and where every family of weights comes from."""

@@ -1,0 +1,153 @@
+"""The parts of a saved model, each with its origin and licence, from `model_cards/origins.yaml`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .saved_folder import SavedFolder
+
+TEMPLATES = Path(__file__).parent.parent / "model_cards"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model: what it is, where it comes from, and under which licence.
+
+    Attributes:
+        licence: name in `licences` of origins.yaml; None where it is not known.
+        hub_id: repository that it was made from.
+        note: what else a user must know.
+        citation: BibTeX.
+    """
+
+    name: str
+    what: str
+    origin: str
+    licence: str | None = None
+    hub_id: str | None = None
+    note: str | None = None
+    citation: str | None = None
+
+
+@cache
+def origins() -> dict[str, Any]:
+    return yaml.safe_load((TEMPLATES / "origins.yaml").read_text(encoding="utf-8"))
+
+
+def origin_of(name: str) -> dict[str, Any] | None:
+    """The record of a named encoder's family in origins.yaml, or None."""
+    records = origins()["encoders"].values()
+    return next((r for r in records if any(fnmatchcase(name, pattern) for pattern in r["names"])), None)
+
+
+def encoder_part(saved: SavedFolder) -> Part:
+    name, entry = saved.encoder_name, saved.named_encoder
+    if name is None:
+        return Part("encoder", f"a `{saved.vision_config.model_type}` model", UNKNOWN)
+    if entry is None:
+        hub_id = _hub_id(saved, "vision_encoder", name)
+        return Part("encoder", f"`{hub_id or Path(name).name}`", _hub_link(hub_id) or UNKNOWN, hub_id=hub_id)
+    record = origin_of(name) or {}
+    hub_id = entry.weights.hub_id if entry.weights else None
+    origin = f"[{record['title']}]({record['origin']}), {record['by']}" if record else UNKNOWN
+    file = saved.origin.get("file") or (entry.weights and entry.weights.url and entry.weights.url.rpartition("/")[2])
+    if hub_id:
+        origin += f"; {_hub_link(hub_id)}"
+    if file:
+        origin += f"; file `{file}`"
+    return Part("encoder", f"`{name}`", origin, entry.licence, hub_id, record.get("note"), record.get("citation"))
+
+
+def language_model_part(saved: SavedFolder) -> Part:
+    name = saved.recipe.get("language_model")
+    if name is None:
+        return Part("language model", f"a `{saved.config.text_config.model_type}` model", UNKNOWN)
+    hub_id = _hub_id(saved, "language_model", name)
+    if hub_id is None:
+        return Part("language model", f"`{Path(name).name}`", "a folder on the machine that trained this model")
+    record = origins()["language_models"].get(hub_id, {})
+    return Part(
+        "language model", f"`{hub_id}`", _hub_link(hub_id), record.get("licence"), hub_id, note=record.get("note")
+    )
+
+
+def _hub_id(saved: SavedFolder, key: str, value: str) -> str | None:
+    """The value of a recipe's key, if it is known to have been a repository on the Hub and no folder."""
+    if value in origins()["language_models"]:
+        return value
+    noted = saved.run.get("local")  # keys that named something on the machine; runs of older versions do not say
+    return value if noted is not None and key not in noted and _HUB_ID.fullmatch(value) else None
+
+
+def _hub_link(hub_id: str | None) -> str:
+    return f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else ""
+
+
+def part_row(part: Part) -> dict[str, str]:
+    licence = f"{part.licence}" if part.licence else "not known here: see its origin"
+    link = origins()["licences"].get(part.licence, {}).get("link")
+    return {
+        "name": part.name,
+        "what": part.what,
+        "origin": part.origin,
+        "licence": f"[{licence}]({link})" if link else licence,
+        "note": part.note or "",
+    }
+
+
+def licence_metadata(parts: Sequence[Part]) -> dict[str, str]:
+    """The one licence of all parts; `other` where they differ; nothing where one of them is not known."""
+    records = origins()["licences"]
+    if any(part.licence not in records for part in parts):
+        return {}
+    licences = list(dict.fromkeys(part.licence for part in parts))
+    if len(licences) > 1:
+        return {
+            "license": "other",
+            "license_name": "-and-".join(records[one].get("name", records[one]["id"]) for one in licences),
+        }
+    record = records[licences[0]]
+    if record["id"] != "other":
+        return {"license": record["id"]}
+    return {"license": "other", "license_name": record["name"], "license_link": record["link"]}
+
+
+def conversations(saved: SavedFolder) -> Mapping[str, Any]:
+    """The record of the training conversations, known by the name of their file."""
+    return origins()["conversations"].get(Path(saved.recipe.get("data_path", "")).name, {})
+
+
+def hub_data_link(record: Mapping[str, Any]) -> str:
+    if "hub_id" not in record:
+        return ""
+    return f"[{record['title']}](https://huggingface.co/datasets/{record['hub_id']}) ({record['licence']})"
+
+
+def encoder_data(name: str | None) -> list[dict[str, Any]]:
+    """Records of the data that the encoder's tag names."""
+    known = origins()["training_data"]
+    return [known[word] for word in (name or "").partition(".")[2].split("_") if word in known]
+
+
+__all__ = [
+    "TEMPLATES",
+    "UNKNOWN",
+    "Part",
+    "conversations",
+    "encoder_data",
+    "encoder_part",
+    "hub_data_link",
+    "language_model_part",
+    "licence_metadata",
+    "origin_of",
+    "origins",
+    "part_row",
+]
