@@ -6,6 +6,7 @@ Tensors are mapped from the file wherever its format allows it: they take memory
 import hashlib
 import json
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .array_pickle import read_array_pickle
 from .checkpoint_layout import StateDict
 
 _CONTAINERS = ("model", "state_dict")
@@ -49,9 +51,9 @@ class _ArrayBookkeeping:
 def read_state_dict(path: str | PathLike, sha256: str | None = None) -> StateDict:
     """The tensors in a published file, or in the folder of a downloaded repository.
 
-    `.safetensors`, `.npz` and PyTorch checkpoints of any suffix are read. A checkpoint is unpickled with
-    `weights_only=True`: no code of it runs and nothing is imported. Classes that it names beside tensors are replaced
-    by inert ones. Of a dict that holds more than tensors, "model" is taken, else "state_dict".
+    `.safetensors`, numpy's `.npz`, detectron2's `.pkl` and PyTorch checkpoints of any suffix are read. A checkpoint is
+    unpickled with `weights_only=True`: no code of it runs and nothing is imported. Classes that it names beside tensors
+    are replaced by inert ones. Of a dict that holds more than tensors, "model" is taken, else "state_dict".
 
     Args:
         path: the file, or a folder that holds one file (or shards and their index) under one of the Hub's usual names.
@@ -70,7 +72,7 @@ def read_state_dict(path: str | PathLike, sha256: str | None = None) -> StateDic
     if path.name.endswith(".index.json"):
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return {key: tensor for shard in shards for key, tensor in read_state_dict(path.parent / shard).items()}
-    contents = _READERS.get(path.suffix, _unpickle_tensors)(path)
+    contents = _READERS.get(path.suffix, read_checkpoint)(path)
     for container in _CONTAINERS:
         if isinstance(contents, dict) and isinstance(contents.get(container), dict):
             contents = contents[container]
@@ -95,9 +97,14 @@ def _file_in(path: Path) -> Path:
     return path
 
 
-def _check_sha256(path: Path, expected: str) -> None:
+def file_sha256(path: Path) -> str:
+    """Checksum of a file in hexadecimal."""
     with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    actual = file_sha256(path)
     if actual != expected.lower():
         raise ValueError(
             f"{str(path)!r} is not the published file, or its download is damaged: its SHA-256 is {actual}, that of "
@@ -121,7 +128,15 @@ def _read_npz(path: Path) -> StateDict:
         raise ValueError(f"{str(path)!r} is not a file of numpy arrays that can be read safely: {error}.") from error
 
 
-def _unpickle_tensors(path: Path) -> Any:
+def _read_arrays(path: Path) -> StateDict:
+    """A pickle of numpy arrays alone, as detectron2 publishes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
+        return {name: torch.from_numpy(array) for name, array in read_array_pickle(path).items()}
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Whatever a PyTorch checkpoint holds, tensors mapped from the file; no code of it runs."""
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (ValueError, RuntimeError):  # the format before torch 1.6, or no checkpoint at all: told below
@@ -131,11 +146,20 @@ def _unpickle_tensors(path: Path) -> Any:
         with torch.serialization.safe_globals(inert):
             # Only the zip format of torch 1.6 and later can be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+    except pickle.UnpicklingError as error:  # torch's own words recommend to run the code in the file
+        raise ValueError(
+            f"{str(path)!r} is not a checkpoint that can be read safely: it is of another format, is damaged, or needs "
+            "code of its own to run."
+        ) from error
+    except (RuntimeError, EOFError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{str(path)!r} is not a checkpoint that can be read safely: {reason}") from error
 
 
-_READERS: dict[str, Callable[[Path], Any]] = {".safetensors": _read_safetensors, ".npz": _read_npz}
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    ".pkl": _read_arrays,
+}
 
-__all__ = ["read_state_dict"]
+__all__ = ["file_sha256", "read_checkpoint", "read_state_dict"]

@@ -9,7 +9,6 @@ neutral.
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -22,15 +21,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.image_utils import PILImageResampling
 
 from ..configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
 from ..configuration.taps import tapped_config, vision_part
 from .checkpoint_layout import StateDict
 from .checkpoint_report import check_same_architecture, report_misfit
-from .image_processing_llava_style import LlavaStyleImageProcessor
-from .published_weights import PublishedWeights, on_meta, read_published, write_folder
-from .token_grid import encoder_downsampling
+from .published_weights import PublishedWeights, on_meta, read_published
+from .timm_backbones import load_timm_encoder, names_in_whole
 
 _NEUTRAL_NORMS = ("hidden_states_norms.", "swin.layernorm.")
 """Norms that Transformers' backbones put behind a tap, by the beginnings of their names. `swin.layernorm` is behind the
@@ -74,50 +71,7 @@ def load_encoder(
         get_named_encoder(name)  # raises, naming the nearest
     if pretrained:
         return _load_saved(name, tap)
-    return AutoBackbone.from_config(_tapped_as_saved(AutoConfig.from_pretrained(name), tap)).eval()
-
-
-def convert_encoder(name: str, source: str | PathLike, weights_dir: str | PathLike) -> Path:
-    """Turns published weights into the folder `weights_dir/NAME` that `load_encoder(NAME, weights_dir=...)` reads.
-
-    The folder holds the whole published model and the image processor that the weights were made with. It appears
-    whole or not at all.
-
-    Args:
-        name: exact name in `ENCODERS`.
-        source: the published file (`.pth`, `.safetensors`, ...) or a download of its Hub repository.
-        weights_dir: where the folder goes; an existing folder of that name is replaced.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: a key of the file that is neither loaded nor declared to be discarded, a parameter that the file
-            lacks, a shape that differs: each is named.
-    """
-    encoder = get_named_encoder(name)
-    if encoder.weights is None:
-        raise ValueError(f"{name!r} has no published weights: this project trains it.")
-    if encoder.weights.layout == "transformers":
-        whole = read_transformers(source)
-        hold_to_named(encoder, whole.state_dict(), type(whole), whole.config, str(source))
-    else:
-        whole = read_named(encoder, source).model()
-    return write_folder(whole, LlavaStyleImageProcessor(**image_processor_arguments(name)), Path(weights_dir) / name)
-
-
-def image_processor_arguments(name: str) -> dict[str, Any]:
-    """Arguments of `LlavaStyleImageProcessor` for a named encoder: its preprocessing and its token arithmetic."""
-    encoder = get_named_encoder(name)
-    preprocessing = encoder.preprocessing
-    return {
-        "geometry": preprocessing.geometry,
-        "size": {"height": preprocessing.height, "width": preprocessing.width},
-        "image_mean": list(preprocessing.mean),
-        "image_std": list(preprocessing.std),
-        "resample": PILImageResampling[preprocessing.interpolation.upper()],
-        "downsampling": encoder_downsampling(encoder.config()),
-    }
+    return AutoBackbone.from_config(_tapped_as_saved(_saved_config(name), tap)).eval()
 
 
 def read_named(encoder: NamedEncoder, source: str | PathLike) -> PublishedWeights:
@@ -144,6 +98,7 @@ def hold_to_named(
     """Raises ValueError unless a whole model, tapped where the named encoder is, is that encoder."""
     expected = encoder.config()
     family = (expected.vision_config if expected.model_type == "hidden_state_backbone" else expected).model_type
+    family = "timm_wrapper" if family == "tapped_timm" else family
     if vision_part(config).model_type != family:
         raise ValueError(f"{where} holds a {config.model_type!r} model, but {encoder.name!r} is a {family!r} model.")
     tapped = on_meta(AutoBackbone._model_mapping[type(expected)], expected)
@@ -160,7 +115,7 @@ def read_transformers(source: str | PathLike) -> PreTrainedModel:
         ValueError: naming tensors that are missing, unexpected or of another shape.
         OSError: there is no such model.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = _saved_config(source)
     part, saved_class = vision_part(config), _saved_class(config)
     if part is config:
         model_class, elsewhere = saved_class, set()
@@ -187,6 +142,14 @@ def _saved_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     raise ValueError(f"A {config.model_type!r} checkpoint is of no model class that is known here.")
 
 
+def _saved_config(source: str | PathLike) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise type(error)(f"No model can be read from {str(source)!r}: {reason}") from error
+
+
 def _is_tapped(config: PreTrainedConfig) -> bool:
     """Whether this is the config of a saved Backbone with a tap; one that returns every stage is a whole model."""
     if type(config) not in AutoBackbone._model_mapping:
@@ -201,10 +164,14 @@ def _tapped_as_saved(config: PreTrainedConfig, tap: str | None) -> PreTrainedCon
 
 
 def _load_saved(source: str, tap: str | None = None) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(source)
+    config = _saved_config(source)
     if tap is None and _is_tapped(config):
         return read_transformers(source)
     tapped = tapped_config(config, tap)  # a model that cannot be tapped is told before its weights are read
+    if config.model_type == "timm_wrapper":
+        return load_timm_encoder(
+            source if Path(source).is_dir() else hf_hub_download(source, "model.safetensors"), tapped
+        )
     whole = read_transformers(source)
     return tap_whole(whole.state_dict(), type(whole), tapped, source)
 
@@ -237,7 +204,7 @@ def _load_named(
 def _load_whole(encoder: NamedEncoder, source: str, tap: str | None) -> PreTrainedModel:
     """A named encoder out of a whole model, or a Backbone already tapped as its name says."""
     expected = encoder.config()
-    saved = AutoConfig.from_pretrained(source)
+    saved = _saved_config(source)
     if _is_tapped(saved):
         check_same_architecture(source, saved, expected)
         return _load_saved(source, tap)
@@ -272,8 +239,9 @@ def _tensors_of(
     """What the tapped model (without memory) takes from the whole one, under the tapped model's names."""
     whole = {key.removeprefix(f"{model_class.base_model_prefix}."): tensor for key, tensor in tensors.items()}
     picked, missing, misshaped = {}, [], []
+    timm_names = names_in_whole(tapped) if tapped.config.model_type == "tapped_timm" else {}
     for key, own in tapped.state_dict().items():
-        source = _name_in_whole(key, tapped)
+        source = timm_names.get(key) or _name_in_whole(key, tapped)
         found = whole.get(source)
         fits = found is not None and found.shape == own.shape
         if not fits and key.startswith(_NEUTRAL_NORMS):
@@ -314,9 +282,7 @@ def _how_to_get(encoder: NamedEncoder) -> str:
 
 
 __all__ = [
-    "convert_encoder",
     "hold_to_named",
-    "image_processor_arguments",
     "load_encoder",
     "read_named",
     "read_transformers",

@@ -1,12 +1,10 @@
 """First step of two: a published file becomes a whole Transformers checkpoint, all stages and the head included."""
 
+import copy
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,8 +13,6 @@ from .checkpoint_files import read_state_dict
 from .checkpoint_layout import StateDict
 from .checkpoint_report import check_fit
 from .layouts import LAYOUTS, recognise_layout
-
-_SHARD_SIZE = "4GB"
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,7 @@ def read_published(
     try:
         model_class, config = rules.infer(tensors)
         if stock_config is not None and stock_config.model_type == config.model_type:
-            labels = {"num_labels": config.num_labels} if hasattr(config, "num_labels") else {}
-            config = type(config)(**(stock_config.to_dict() | labels))
+            config = _with_labels_of(config, stock_config)
         discarded = [key for key in tensors if _matches(rules.discards, key)]
         converted = rules.convert({key: tensors[key] for key in tensors if key not in set(discarded)}, config)
     except (ValueError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
@@ -89,21 +84,10 @@ def read_published(
     return PublishedWeights(recognised, model_class, config, converted, discarded)
 
 
-def write_folder(model: PreTrainedModel, image_processor, folder: str | PathLike) -> Path:
-    """Saves a model and its image processor as one folder, which appears whole or not at all.
-
-    An existing folder of that name is replaced once the new one is complete.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        new = Path(scratch) / folder.name
-        model.save_pretrained(new, max_shard_size=_SHARD_SIZE)
-        image_processor.save_pretrained(new)
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.rename(folder)
-    return folder
+def _with_labels_of(inferred: PreTrainedConfig, stock_config: PreTrainedConfig) -> PreTrainedConfig:
+    config = copy.deepcopy(stock_config)
+    config.id2label, config.label2id = inferred.id2label, inferred.label2id
+    return config
 
 
 def _matches(patterns: Iterable[str], key: str) -> bool:
@@ -115,4 +99,4 @@ def _sentence(error: Exception) -> str:
     return text if text.endswith(".") else text + "."
 
 
-__all__ = ["PublishedWeights", "on_meta", "read_published", "write_folder"]
+__all__ = ["PublishedWeights", "on_meta", "read_published"]

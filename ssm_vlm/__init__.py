@@ -10,15 +10,19 @@ from .configuration.configuration_backbone_classifier import BackboneClassifierC
 from .configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from .configuration.configuration_llava_style import LlavaStyleConfig
 from .configuration.configuration_ssm_vision import SSMVisionConfig
+from .configuration.configuration_tapped_timm import TappedTimmConfig
 from .configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
 from .modeling.connectors import load_connector, model_downsampling, save_connector
-from .modeling.encoder_loading import convert_encoder, image_processor_arguments, load_encoder
+from .modeling.encoder_conversion import convert_encoder
+from .modeling.encoder_loading import load_encoder
+from .modeling.encoder_preprocessing import image_processor_arguments
 from .modeling.geometry import Geometry, make_geometry
 from .modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from .modeling.modeling_backbone_classifier import BackboneForImageClassification
 from .modeling.modeling_hidden_state_backbone import HiddenStateBackbone
 from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration, LlavaStyleModel
 from .modeling.modeling_ssm_vision import SSMVisionBackbone, SSMVisionForImageClassification, SSMVisionModel
+from .modeling.modeling_tapped_timm import TappedTimmBackbone
 from .modeling.processing_llava_style import LlavaStyleProcessor
 from .modeling.remote_code import save_with_code
 from .modeling.token_grid import encoder_downsampling, grid_size, num_image_tokens
@@ -37,6 +41,7 @@ MODELS = {
         "AutoBackbone": SSMVisionBackbone,
         "AutoModelForImageClassification": SSMVisionForImageClassification,
     },
+    TappedTimmConfig: {"AutoModel": TappedTimmBackbone, "AutoBackbone": TappedTimmBackbone},
 }
 """Config of each family of models -> Auto class -> model: registered here, and found through it in saved folders."""
 
@@ -72,6 +77,8 @@ __all__ = [
     "SSMVisionConfig",
     "SSMVisionForImageClassification",
     "SSMVisionModel",
+    "TappedTimmBackbone",
+    "TappedTimmConfig",
     "convert_encoder",
     "encoder_downsampling",
     "get_named_encoder",

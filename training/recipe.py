@@ -88,17 +88,18 @@ class RunArguments(TrainingArguments):
         super().__post_init__()
 
 
-def parse_recipe(argv: Sequence[str] | None, *parts: type) -> tuple[Any, ...]:
+def parse_recipe(argv: Sequence[str] | None, *parts: type, prog: str | None = None) -> tuple[Any, ...]:
     """Reads `[recipe.yaml] [--key value ...]` into one object of each dataclass in `parts`.
 
-    The command line goes over the file, the file over the defaults.
+    The command line goes over the file, the file over the defaults. `prog` is the command that the help shows.
 
     Raises:
         ValueError: no such file, not a flat YAML mapping, a key that no part has (the nearest one is named), or a
             value of the wrong type; file and key are named.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(parts, exit_on_error=False, allow_abbrev=False)
+    usage = "%(prog)s [recipe.yaml] [--key value ...]"
+    parser = HfArgumentParser(parts, prog=prog, usage=usage, exit_on_error=False, allow_abbrev=False)
     actions = {action.dest: action for action in reversed(parser._actions)}  # `--key` stands before its `--no_key`
     mappings = {key for key, hint in _hints(parts).items() if _takes_mapping(hint)}
     for action in parser._actions:

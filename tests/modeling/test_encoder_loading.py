@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,18 +12,28 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    BertConfig,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     ConvNextBackbone,
     ConvNextConfig,
+    ConvNextImageProcessor,
     SwinConfig,
     ViTConfig,
+    ViTImageProcessor,
 )
+from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from ssm_vlm.configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from ssm_vlm.configuration.configuration_ssm_vision import SSMVisionConfig
 from ssm_vlm.configuration.encoder_entry import IMAGENET, NamedEncoder, Preprocessing, WeightSource
 from ssm_vlm.configuration.named_encoders import ENCODERS
 from ssm_vlm.modeling.checkpoint_files import read_state_dict
-from ssm_vlm.modeling.encoder_loading import convert_encoder, image_processor_arguments, load_encoder
+from ssm_vlm.modeling.encoder_conversion import convert_encoder
+from ssm_vlm.modeling.encoder_loading import load_encoder
+from ssm_vlm.modeling.encoder_preprocessing import encoder_image_processor, image_processor_arguments
+from ssm_vlm.modeling.image_processing_llava_style import LlavaStyleImageProcessor
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 PIXELS = Preprocessing(64, 64, *IMAGENET)
@@ -35,11 +46,7 @@ TINY_VIT = ViTConfig(
     patch_size=16,
     layer_norm_eps=1e-6,
 )
-TIMM = WeightSource(
-    "timm_vit",
-    url="https://example.org/vit.pth",
-    discards=(r"blocks\.2\.", r"norm\.", r"head\."),
-)
+TIMM = WeightSource("timm_vit", url="https://example.org/vit.pth")
 
 
 def tiny_vmamba_config(**fields):
@@ -95,13 +102,11 @@ class TestConvert:
         if dense:  # as mmdetection stores it
             contents = {"state_dict": {f"backbone.{k}": v for k, v in state_dict.items()}}
             contents["state_dict"]["rpn_head.weight"] = torch.ones(1)
-            discards = (r"layers\.3\.", r"layers\.2\.downsample\.", r"outnorm[013]\.", r"rpn_head\.")
         else:
             contents = {"model": state_dict, "epoch": 3}
-            discards = (r"layers\.3\.", r"layers\.2\.downsample\.", r"(classifier\.)?(norm|head)\.")
         torch.save(contents, tmp_path / "file.pth")
-        config = partial(tiny_vmamba_config, output_norm="layernorm" if dense else "none")
-        name = table("vmamba_tiny.golden", config, WeightSource("vmamba", url="https://x", discards=discards))
+        config = partial(tiny_vmamba_config, output_norm="layernorm" if dense else "parameter_free")
+        name = table("vmamba_tiny.golden", config, WeightSource("vmamba", url="https://x"))
         convert_encoder(name, tmp_path / "file.pth", tmp_path / "weights")
         encoder = load_encoder(name, weights_dir=tmp_path / "weights")
         assert sum("blocks.0.norm1.weight" in key for key in encoder.state_dict()) == 3
@@ -109,6 +114,16 @@ class TestConvert:
             io = load_file(FIXTURES / f"{case}.io.safetensors")
             features = encoder(io["input.0"]).feature_maps[-1]
             assert (features - io["stage3.0"]).abs().max() <= 1e-4 * io["stage3.0"].abs().max()
+
+    def test_another_tap_of_a_name_comes_from_the_same_folder(self, tiny_vit, tmp_path):
+        convert_encoder(tiny_vit, FIXTURES / "vit_timm.weights.safetensors", tmp_path)
+        io = load_file(FIXTURES / "vit_timm.io.safetensors")
+        for tap in ("block1", "block2", "block3"):
+            encoder = load_encoder(tiny_vit, weights_dir=tmp_path, tap=tap)
+            features = encoder(io["input.0"]).feature_maps[-1]
+            assert (features - io[f"{tap}.0"]).abs().max() <= 1e-4 * io[f"{tap}.0"].abs().max()
+        with pytest.raises(ValueError, match="has no tap 'stage3'; choose block1, block2, block3"):
+            load_encoder(tiny_vit, weights_dir=tmp_path, tap="stage3")
 
     def test_an_undeclared_key_is_named(self, tiny_vit, tmp_path):
         weights = load_file(FIXTURES / "vit_timm.weights.safetensors") | {"extra.scale": torch.ones(2)}
@@ -123,17 +138,21 @@ class TestConvert:
         weights["cls_token"] = torch.zeros(1, 1, 31)
         save_file(weights, tmp_path / "file.safetensors")
         message = (
-            r"lacks vision_model\.layers\.0\.layernorm_before\.bias; it has another shape for "
-            r"vision_model\.embeddings\.cls_token \(1, 1, 31\) instead of \(1, 1, 32\)"
+            r"lacks vit\.layers\.0\.layernorm_before\.bias; it has another shape for "
+            r"vit\.embeddings\.cls_token \(1, 1, 31\) instead of \(1, 1, 32\)"
         )
         with pytest.raises(ValueError, match=message):
             convert_encoder(tiny_vit, tmp_path / "file.safetensors", tmp_path / "out")
 
-    def test_a_declared_discard_that_meets_nothing_is_named(self, tiny_vit, tmp_path):
+    def test_a_file_of_another_depth_is_refused(self, tiny_vit, tmp_path):
         weights = load_file(FIXTURES / "vit_timm.weights.safetensors")
         save_file({k: v for k, v in weights.items() if not k.startswith("blocks.2")}, tmp_path / "file.safetensors")
-        with pytest.raises(ValueError, match=r"holds no key like blocks\\.2\\., which 'tiny_vit.golden' declares"):
+        with pytest.raises(ValueError, match=r"does not fit: it lacks vit\.layers\.2\.attention\.k_proj\.bias, "):
             convert_encoder(tiny_vit, tmp_path / "file.safetensors", tmp_path / "out")
+
+    def test_a_file_of_another_family_is_refused(self, tiny_vit, tmp_path):
+        with pytest.raises(ValueError, match=r"is in the layout 'swin', not in 'timm_vit'"):
+            convert_encoder(tiny_vit, FIXTURES / "swin_release.weights.safetensors", tmp_path / "out")
 
     def test_a_failed_conversion_keeps_the_old_folder(self, tiny_vit, tmp_path):
         convert_encoder(tiny_vit, FIXTURES / "vit_timm.weights.safetensors", tmp_path)
@@ -142,10 +161,17 @@ class TestConvert:
         load_encoder(tiny_vit, weights_dir=tmp_path)
 
     def test_converting_again_replaces_the_folder(self, tiny_vit, tmp_path):
-        (tmp_path / tiny_vit).mkdir()
+        convert_encoder(tiny_vit, FIXTURES / "vit_timm.weights.safetensors", tmp_path)
         (tmp_path / tiny_vit / "old.txt").write_text("old")
         convert_encoder(tiny_vit, FIXTURES / "vit_timm.weights.safetensors", tmp_path)
         assert not (tmp_path / tiny_vit / "old.txt").exists()
+
+    def test_a_folder_of_other_files_is_left_alone(self, tiny_vit, tmp_path):
+        (tmp_path / tiny_vit).mkdir()
+        (tmp_path / tiny_vit / "thesis.txt").write_text("mine")
+        with pytest.raises(ValueError, match="holds files that no conversion made: give a new one"):
+            convert_encoder(tiny_vit, FIXTURES / "vit_timm.weights.safetensors", tmp_path)
+        assert (tmp_path / tiny_vit / "thesis.txt").read_text() == "mine"
 
     def test_own_encoders_have_nothing_to_convert(self, tmp_path):
         with pytest.raises(ValueError, match="has no published weights: this project trains it"):
@@ -156,15 +182,14 @@ class TestStockLayout:
     """The layouts of Transformers: a folder in the Hub's form, whatever head it has."""
 
     @staticmethod
-    def entry(table, *more_discards, **changes):
+    def entry(table, **changes):
         stock = ViTConfig(**(TINY_VIT.to_dict() | changes))
-        discards = (r"layers\.2\.", r"layernorm\.", *more_discards)
-        weights = WeightSource("stock", hub_id="nobody/vit", discards=discards)
+        weights = WeightSource("transformers", hub_id="nobody/vit")
         return table("stock_vit.test", lambda: HiddenStateBackboneConfig(vision_config=stock), weights)
 
     @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageClassification])
     def test_features_are_those_of_the_whole_model(self, table, tmp_path, auto_class):
-        name = self.entry(table, r"pooler\." if auto_class is AutoModel else r"classifier\.", r"pooler\.")
+        name = self.entry(table)
         stock = auto_class.from_config(TINY_VIT).eval()
         stock.save_pretrained(tmp_path / "hub")
         convert_encoder(name, tmp_path / "hub", tmp_path / "out")
@@ -173,16 +198,20 @@ class TestStockLayout:
         features = load_encoder(name, weights_dir=tmp_path / "out")(pixels).feature_maps[-1]
         assert torch.equal(features, tokens.transpose(1, 2).reshape(1, 32, 4, 4))
 
-    def test_an_undeclared_head_is_named(self, table, tmp_path):
-        name = self.entry(table, r"pooler\.")
+    def test_an_undeclared_key_is_named(self, table, tmp_path):
+        name = self.entry(table)
         AutoModelForImageClassification.from_config(TINY_VIT).save_pretrained(tmp_path / "hub")
-        with pytest.raises(ValueError, match=r"has undeclared vision_model\.classifier\.bias"):
+        weights = load_file(tmp_path / "hub/model.safetensors") | {"segmenter.weight": torch.ones(1)}
+        save_file(weights, tmp_path / "hub/model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"does not fit: it has undeclared segmenter\.weight"):
             convert_encoder(name, tmp_path / "hub", tmp_path / "out")
 
     def test_what_no_shape_shows_is_compared(self, table, tmp_path):
         name = self.entry(table, num_attention_heads=4)
         AutoModel.from_config(TINY_VIT).save_pretrained(tmp_path / "hub")
-        with pytest.raises(ValueError, match="another architecture: num_attention_heads 2 instead of 4"):
+        with pytest.raises(
+            ValueError, match=r"another architecture: vision_config\.num_attention_heads 2 instead of 4"
+        ):
             convert_encoder(name, tmp_path / "hub", tmp_path / "out")
 
     def test_convnext_is_cut_and_its_tap_norm_stays_neutral(self, table, tmp_path):
@@ -261,8 +290,8 @@ class TestFolders:
             load_encoder(tmp_path)
 
     def test_a_folder_with_another_kind_of_model(self, tmp_path):
-        AutoModel.from_config(TINY_VIT).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="holds a 'vit' model, which is not a Backbone"):
+        BertConfig().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="A 'bert' model cannot be tapped: it is no Backbone"):
             load_encoder(tmp_path)
 
     def test_a_folder_with_a_key_too_few(self, tmp_path):
@@ -274,13 +303,113 @@ class TestFolders:
             load_encoder(tmp_path)
 
 
+class TestAnyModel:
+    """Models of Transformers by folder, as by Hub id: whole, with or without a head, or inside another model."""
+
+    @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageClassification])
+    def test_a_plain_transformer_is_tapped_at_its_second_to_last_block(self, tmp_path, auto_class):
+        stock = auto_class.from_config(TINY_VIT).eval()
+        stock.save_pretrained(tmp_path)
+        pixels = torch.randn(1, 3, 64, 64)
+        states = stock(pixels, output_hidden_states=True).hidden_states
+        for tap, index in ((None, 2), ("block1", 1), ("block3", 3)):
+            encoder = load_encoder(tmp_path, tap=tap)
+            expected = states[index][:, 1:].transpose(1, 2).reshape(1, 32, 4, 4)
+            assert torch.equal(encoder(pixels).feature_maps[-1], expected)
+            assert encoder.out_features == [f"block{index}"] and not encoder.training
+            assert len(encoder.vision_model.layers) == index
+
+    def test_a_hierarchical_model_is_tapped_at_its_third_stage(self, tmp_path):
+        config = ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 2, 1], layer_scale_init_value=0.5)
+        stock = AutoModelForImageClassification.from_config(config).eval()
+        stock.save_pretrained(tmp_path)
+        pixels = torch.randn(1, 3, 64, 96)
+        states = stock.convnext(pixels, output_hidden_states=True).hidden_states
+        for tap, index in ((None, 3), ("stage1", 1), ("stage4", 4)):
+            encoder = load_encoder(tmp_path, tap=tap)
+            raw = states[index].permute(0, 2, 3, 1)
+            normed = torch.nn.functional.layer_norm(raw, raw.shape[-1:], eps=1e-6).permute(0, 3, 1, 2)
+            assert torch.allclose(encoder(pixels).feature_maps[-1], normed, atol=1e-5)
+            assert len(encoder.encoder.stages) == index
+
+    def test_the_vision_part_of_a_model_with_text(self, tmp_path):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        vision = sizes | {"image_size": 32, "patch_size": 8, "num_hidden_layers": 4}
+        clip = CLIPModel(CLIPConfig(text_config=sizes | {"vocab_size": 50}, vision_config=vision)).eval()
+        clip.save_pretrained(tmp_path)
+        pixels = torch.randn(2, 3, 32, 32)
+        states = clip.vision_model(pixels, output_hidden_states=True).hidden_states
+        encoder = load_encoder(tmp_path)
+        expected = states[3][:, 1:].transpose(1, 2).reshape(2, 32, 4, 4)
+        assert torch.equal(encoder(pixels).feature_maps[-1], expected)
+        assert not any("text" in key for key in encoder.state_dict())
+
+    def test_a_tap_that_is_not_there(self, tmp_path):
+        AutoModel.from_config(TINY_VIT).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="has no tap 'block9'; choose block1, block2, block3"):
+            load_encoder(tmp_path, tap="block9")
+
+    def test_a_saved_backbone_keeps_its_tap_until_another_is_given(self, tmp_path):
+        load_encoder("digit_dwconv.digitscenes_64", pretrained=False).save_pretrained(tmp_path)
+        saved = load_encoder(tmp_path).out_features
+        assert saved == ENCODERS["digit_dwconv.digitscenes_64"].config().out_features
+        assert load_encoder(tmp_path, tap="stage1").out_features == ["stage1"]
+
+    def test_a_name_without_weights_is_tapped_elsewhere(self):
+        encoder = load_encoder("digit_dwconv.digitscenes_64", tap="stage1", pretrained=False)
+        assert encoder.out_features == ["stage1"] and len(encoder.stages) == 1
+
+    def test_a_hub_id_that_cannot_be_reached(self, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(OSError, match="No model can be read from 'nobody-here/no-model': "):
+            load_encoder("nobody-here/no-model")
+
+
+class TestImageProcessors:
+    """An image processor of any kind, saved beside the model, becomes ours."""
+
+    CONFIG = HiddenStateBackboneConfig(vision_config=TINY_VIT)
+
+    @pytest.mark.parametrize(
+        ("stock", "size", "mean"),
+        [
+            (ViTImageProcessor(size={"height": 64, "width": 64}), (64, 64), [0.5] * 3),
+            (CLIPImageProcessor(size={"shortest_edge": 70}, crop_size=64), (64, 64), list(OPENAI_CLIP_MEAN)),
+            (ConvNextImageProcessor(size={"shortest_edge": 64}, image_mean=IMAGENET[0]), (64, 64), list(IMAGENET[0])),
+            (ViTImageProcessor(size={"height": 32, "width": 64}, do_normalize=False), (32, 64), [0.0] * 3),
+        ],
+        ids=["vit", "clip", "convnext", "oblong"],
+    )
+    def test_of_stock(self, tmp_path, stock, size, mean):
+        stock.save_pretrained(tmp_path)
+        ours = encoder_image_processor(tmp_path, self.CONFIG)
+        assert (ours.size.height, ours.size.width) == size and list(ours.image_mean) == mean
+        assert ours.downsampling == [[16, "floor"]] and ours.resample == stock.resample
+        assert ours.geometry == ("letterbox" if size[0] == size[1] else "letterbox_corner")
+        picture = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
+        expected = stock(picture, return_tensors="pt", do_resize=False).pixel_values
+        assert torch.allclose(ours(picture, return_tensors="pt").pixel_values, expected, atol=1e-5)
+
+    def test_of_ours_counts_the_tokens_of_the_tap(self, tmp_path):
+        LlavaStyleImageProcessor(geometry="square_32", downsampling=[[4, "floor"]]).save_pretrained(tmp_path)
+        ours = encoder_image_processor(tmp_path, self.CONFIG)
+        assert ours.geometry == "square_32" and ours.downsampling == [[16, "floor"]]
+
+    def test_missing(self, tmp_path):
+        AutoModel.from_config(TINY_VIT).save_pretrained(tmp_path)
+        with pytest.raises(OSError, match=r"holds no image processor that can be read, .*: save one beside the model"):
+            encoder_image_processor(tmp_path, self.CONFIG)
+
+
 class TestWhereWeightsAreNot:
     def test_unknown_name(self):
         with pytest.raises(ValueError, match=r"no encoder named 'vmamba_smal'; the nearest names are vmamba_small"):
             load_encoder("vmamba_smal")
 
     def test_release_files_must_be_converted(self):
-        with pytest.raises(OSError, match=r"Download https://github\.com/MzeroMiko.*run convert_encoder\('vmamba_tiny"):
+        with pytest.raises(
+            OSError, match=r"Download https://github\.com/MzeroMiko.*run `ssm-vlm convert DOWNLOAD --encoder vm"
+        ):
             load_encoder("vmamba_tiny_s1l8.in1k_224")
 
     def test_own_encoders_must_be_trained(self):

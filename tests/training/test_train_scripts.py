@@ -312,7 +312,7 @@ def test_a_language_model_without_image_or_padding_token_gets_both(vlm_options, 
         ({"on_bad_row": "ignore"}, "the key 'on_bad_row' has a bad value: invalid choice: 'ignore'"),
         ({"vision_pretrained": True}, "This project trains it: give weights_dir=FOLDER"),
         ({"vision_pretrained": True, "vision_weights_dir": "nowhere"}, "There is no saved encoder in"),
-        ({"language_model": "missing/model"}, "The language model 'missing/model' cannot be loaded: "),
+        ({"language_model": "missing/model"}, "language_model: 'missing/model' cannot be loaded: "),
     ],
 )
 def test_bad_recipes_end_in_one_sentence_and_leave_nothing(different, message, vlm_options, tmp_path, monkeypatch):

@@ -1,0 +1,80 @@
+"""How pictures become pixels for an encoder: from the table, or from what was saved beside the model."""
+
+from os import PathLike
+from typing import Any
+
+from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers.image_utils import PILImageResampling
+
+from ..configuration.named_encoders import ENCODERS, get_named_encoder
+from .image_processing_llava_style import LlavaStyleImageProcessor
+from .token_grid import encoder_downsampling
+
+
+def image_processor_arguments(name: str) -> dict[str, Any]:
+    """Arguments of `LlavaStyleImageProcessor` for a named encoder: its preprocessing and its token arithmetic."""
+    encoder = get_named_encoder(name)
+    preprocessing = encoder.preprocessing
+    return {
+        "geometry": preprocessing.geometry,
+        "size": {"height": preprocessing.height, "width": preprocessing.width},
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+        "resample": PILImageResampling[preprocessing.interpolation.upper()],
+        "downsampling": encoder_downsampling(encoder.config()),
+    }
+
+
+def encoder_image_processor(name_or_dir: str | PathLike, config: PreTrainedConfig) -> LlavaStyleImageProcessor:
+    """The image processor of an encoder as `load_encoder` takes it.
+
+    A stock image processor gives its mean, standard deviation, interpolation and picture size, that of its centre crop
+    where it has one; pictures are letterboxed instead of cropped, so that boxes keep their frame.
+
+    Args:
+        name_or_dir: exact name in `ENCODERS`, or a folder or Hub id with a saved image processor.
+        config: Backbone config of the encoder, tapped; it decides the number of tokens.
+
+    Raises:
+        OSError: no image processor is saved there.
+        ValueError: one that does not say which size pictures have.
+    """
+    downsampling = encoder_downsampling(config)
+    if name_or_dir in ENCODERS:
+        return LlavaStyleImageProcessor(**image_processor_arguments(str(name_or_dir)) | {"downsampling": downsampling})
+    try:
+        saved = AutoImageProcessor.from_pretrained(name_or_dir)
+    except (OSError, ValueError, ImportError) as error:
+        raise OSError(
+            f"{str(name_or_dir)!r} holds no image processor that can be read, so it is not known how pictures become "
+            "pixels for it: save one beside the model, such as ssm_vlm.LlavaStyleImageProcessor(size=224, "
+            "image_mean=..., image_std=...).save_pretrained(FOLDER)."
+        ) from error
+    if isinstance(saved, LlavaStyleImageProcessor):
+        return LlavaStyleImageProcessor(**saved.to_dict() | {"downsampling": downsampling})
+    return LlavaStyleImageProcessor(**_arguments_of_stock(saved.to_dict(), str(name_or_dir)), downsampling=downsampling)
+
+
+def _arguments_of_stock(stock: dict[str, Any], where: str) -> dict[str, Any]:
+    side = stock.get("crop_size") if stock.get("do_center_crop") else None
+    side = side or stock.get("size") or {}
+    side = {"height": side, "width": side} if isinstance(side, int) else dict(side)
+    height = side.get("height") or side.get("shortest_edge") or side.get("longest_edge")
+    width = side.get("width") or height
+    if not height:
+        raise ValueError(
+            f"The image processor in {where!r} ({stock.get('image_processor_type')}) does not say how large pictures "
+            "are: give image_size and geometry in a LlavaStyleImageProcessor saved in its place."
+        )
+    normalised = stock.get("do_normalize", True) and stock.get("image_mean") is not None
+    rescaled = {key: stock[key] for key in ("do_rescale", "rescale_factor") if stock.get(key) is not None}
+    return rescaled | {
+        "geometry": "letterbox" if height == width else "letterbox_corner",
+        "size": {"height": height, "width": width},
+        "image_mean": list(stock["image_mean"]) if normalised else [0.0, 0.0, 0.0],
+        "image_std": list(stock["image_std"]) if normalised else [1.0, 1.0, 1.0],
+        "resample": stock.get("resample", PILImageResampling.BICUBIC),
+    }
+
+
+__all__ = ["encoder_image_processor", "image_processor_arguments"]
