@@ -136,6 +136,11 @@ def _read_arrays(path: Path) -> StateDict:
 
 
 def read_checkpoint(path: Path) -> Any:
+    """What a PyTorch checkpoint holds: tensors in containers; no code of it runs, see `read_state_dict`.
+
+    Raises:
+        ValueError: it is damaged or of another format.
+    """
     """Whatever a PyTorch checkpoint holds, tensors mapped from the file; no code of it runs."""
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)

@@ -22,6 +22,7 @@ from .published_weights import read_published
 from .saved_folder import ORIGIN_FILE
 
 SHARD_SIZE = "4GB"
+"""Most that one file of weights holds."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def write_whole(folder: Path, save: Callable[[Path], None]) -> None:
 
 
 def check_target(folder: Path) -> None:
+    """Raises ValueError where a new folder would take the place of something that no conversion made."""
     """Raises ValueError where a conversion would replace what no conversion made."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / ORIGIN_FILE).is_file():
         raise ValueError(f"The folder {str(folder)!r} holds files that no conversion made: give a new one.")
