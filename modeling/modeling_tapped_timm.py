@@ -1,6 +1,5 @@
 """Any timm model, cut after its tap: Transformers' `TimmBackbone` that can be saved, reloaded and refuse a canvas."""
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -14,10 +13,9 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_tapped_timm import TappedTimmConfig
 
 
-def channels_first(feature_maps: Iterable[torch.Tensor], backbone: nn.Module) -> tuple[torch.Tensor, ...]:
-    """The feature maps of a timm model as [B, C, h, w]; some families (Swin, MambaOut, ...) give [B, h, w, C]."""
-    last = str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC")
-    return tuple(feature_map.permute(0, 3, 1, 2) if last else feature_map for feature_map in feature_maps)
+def _channels_first(module: nn.Module, args: tuple, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Hook of a timm model whose feature maps are [B, h, w, C]."""
+    return [feature_map.permute(0, 3, 1, 2).contiguous() for feature_map in feature_maps]
 
 
 class TappedTimmBackbone(TimmBackbone):
@@ -48,6 +46,9 @@ class TappedTimmBackbone(TimmBackbone):
 
     def _init_timm_backbone(self, backbone: nn.Module) -> None:
         """Called by the stock constructor: takes the stages from the config, held against what timm built."""
+        if str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC"):  # Swin, MambaOut, ...
+            # a hook, since detectors take timm's model out of this class
+            backbone.register_forward_hook(_channels_first)
         self.stage_names, self.num_features = self.config.stage_names, self.config.stage_channels
         built = [stage["num_chs"] for stage in backbone.feature_info.info]
         # a pruned timm model forgets the stages after its tap
@@ -87,10 +88,10 @@ class TappedTimmBackbone(TimmBackbone):
         self._check_canvas(*pixel_values.shape[-2:])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        feature_maps = channels_first(self._backbone(pixel_values), self._backbone)
+        feature_maps = tuple(self._backbone(pixel_values))
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=feature_maps if output_hidden_states else None, attentions=None
         )
 
 
-__all__ = ["TappedTimmBackbone", "channels_first"]
+__all__ = ["TappedTimmBackbone"]
