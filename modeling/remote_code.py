@@ -19,7 +19,7 @@ from transformers.processing_utils import ProcessorMixin
 
 PACKAGE = __name__.split(".")[0]
 _NOT_IN_NAMES = {PACKAGE, "configuration", "modeling", "ops"}
-_AUTO_MAPS: dict[type, dict[str, str]] = {}
+_FOUND_THROUGH: dict[type, Mapping[str, type]] = {}  # what `save_with_code` was told
 _LOOKS_LIKE_IMPORT = re.compile(r"^\s*(?:from\s+\.\S+\s+import|import\s+\.)", re.MULTILINE)
 
 
@@ -89,22 +89,23 @@ def save_with_code(saved: type[PreTrainedConfig | BaseImageProcessor | Processor
         saved: a class with `to_json_file`, as its `save_pretrained` calls it.
         classes: name of an Auto class -> the class that it is to find.
     """
-    _AUTO_MAPS[saved] = {auto: f"{flat_name(found.__module__)}.{found.__name__}" for auto, found in classes.items()}
-    modules = sorted({found.__module__ for found in classes.values()})
+    _FOUND_THROUGH[saved] = classes
     to_json_file = saved.to_json_file
 
     @functools.wraps(to_json_file)
     def to_json_file_with_code(self, json_file_path, *args, **kwargs):
-        if type(self) is saved:  # Transformers finds no code for classes that others derive from ours
-            parts = [getattr(self, name) for name in self.get_attributes()] if isinstance(self, ProcessorMixin) else []
-            for part in (self, *parts):
-                if type(part) in _AUTO_MAPS:
-                    part.auto_map = dict(_AUTO_MAPS[type(part)])
-            for name, text in flat_files(*modules).items():
-                (Path(json_file_path).parent / name).write_text(text, encoding="utf-8")
+        parts = [getattr(self, name) for name in self.get_attributes()] if isinstance(self, ProcessorMixin) else []
+        modules = set()
+        for part in (self, *parts):
+            found = _FOUND_THROUGH.get(type(part), {})  # not for a class that others derive, whose code this is not
+            modules |= {each.__module__ for each in found.values()}
+            if found:
+                part.auto_map = {auto: f"{flat_name(each.__module__)}.{each.__name__}" for auto, each in found.items()}
+        for name, text in flat_files(*modules).items():
+            (Path(json_file_path).parent / name).write_text(text, encoding="utf-8")
         to_json_file(self, json_file_path, *args, **kwargs)
         if isinstance(self, ProcessorMixin):
-            vars(self).pop("auto_map", None)  # which Transformers leaves out of a processor that it reads, and only there
+            vars(self).pop("auto_map", None)  # Transformers reads a processor without it
 
     saved.to_json_file = to_json_file_with_code
 
