@@ -11,7 +11,8 @@ from .encoder_entry import IMAGENET, IN1K_224, NamedEncoder, Preprocessing, Weig
 _COCO = Preprocessing(800, 1333, *IMAGENET, interpolation="bilinear", geometry="letterbox_corner")
 _ADE20K = Preprocessing(512, 512, *IMAGENET, interpolation="bilinear", geometry="letterbox_corner")
 
-_VMAMBA_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
+_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
+_UPERNET_V2 = "%23v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_"
 _VMAMBA_V2 = {  # variant: first width, blocks in stage 3, inner width over width, stochastic depth
     "tiny_s2l5": (96, 5, 2.0, 0.2),
     "tiny_s1l8": (96, 8, 1.0, 0.2),
@@ -43,7 +44,7 @@ def _vmamba(variant: str, image_size: int | list[int] = 224, output_norm: str = 
     )
 
 
-def _vmamba_in1k(variant: str, file: str, top1: float, parameters: int, flops: int) -> NamedEncoder:
+def _in1k(variant: str, file: str, top1: float, parameters: int, flops: int) -> NamedEncoder:
     return NamedEncoder(
         f"vmamba_{variant}.in1k_224",
         partial(_vmamba, variant),
@@ -51,120 +52,66 @@ def _vmamba_in1k(variant: str, file: str, top1: float, parameters: int, flops: i
         parameters,
         flops,
         "MIT",
-        WeightSource("vmamba", url=_VMAMBA_RELEASES + file),
+        WeightSource("vmamba", url=_RELEASES + file),
         imagenet_top1=top1,
     )
 
 
-def _vmamba_dense(name: str, preprocessing: Preprocessing, file: str, parameters: int, flops: int) -> NamedEncoder:
+def _dense(variant: str, tag: str, file: str) -> NamedEncoder:
     """A detector's or segmenter's encoder: it holds a trained norm for the output of each stage."""
-    variant = name.partition(".")[0]
+    preprocessing = _COCO if tag.startswith("coco") else _ADE20K
+    parameters, *flops = _DENSE_COSTS[variant]
     return NamedEncoder(
-        f"vmamba_{name}",
+        f"vmamba_{variant}.{tag}",
         partial(_vmamba, variant, [preprocessing.height, preprocessing.width], "layernorm"),
         preprocessing,
         parameters,
-        flops,
+        flops[preprocessing is _ADE20K],
         "MIT",
-        WeightSource("vmamba", url=_VMAMBA_RELEASES + file),
+        WeightSource("vmamba", url=_RELEASES + file),
     )
 
 
-_DET, _SEG = "%23v2det/mask_rcnn_vssm_fpn_coco_", "%23v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_"
+_DENSE_COSTS = {  # variant: parameters with the tap's norm, FLOPs at 800x1333, FLOPs at 512x512
+    "tiny_v0": (12_029_088, 175_866_163_200, 43_009_966_080),
+    "small_v0": (33_553_056, 381_749_760_000, 93_206_347_776),
+    "base_v0": (57_574_272, 630_539_468_800, 153_937_248_256),
+    "tiny_s2l5": (11_835_072, 166_142_246_400, 40_622_358_528),
+    "tiny_s1l8": (14_375_040, 175_611_456_000, 42_910_875_648),
+    "small_s2l15": (31_276_992, 329_680_166_400, 80_494_460_928),
+    "base_s2l15": (55_401_728, 582_779_545_600, 142_289_666_048),
+}
 
 VMAMBA_ENCODERS = [
-    _vmamba_in1k(
-        "tiny_s2l5", "%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth", 82.5, parameters=11_834_304, flops=7_775_373_312
-    ),
-    _vmamba_in1k(
-        "tiny_s1l8", "%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth", 82.6, parameters=14_374_272, flops=8_213_409_792
-    ),
-    _vmamba_in1k(
-        "small_s2l15", "%23v2cls/vssm_small_0229_ckpt_epoch_222.pth", 83.6, parameters=31_276_224, flops=15_407_142_912
-    ),
-    _vmamba_in1k(
-        "small_s1l20",
-        "%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth",
-        83.3,
-        parameters=33_138_048,
-        flops=15_567_003_648,
-    ),
-    _vmamba_in1k(
-        "base_s2l15", "%23v2cls/vssm_base_0229_ckpt_epoch_237.pth", 83.9, parameters=55_400_704, flops=27_235_131_392
-    ),
-    _vmamba_in1k(
-        "base_s1l20", "%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", 83.8, parameters=58_763_776, flops=27_576_729_600
-    ),
-    _vmamba_in1k(
-        "tiny_v0", "%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", 82.2, parameters=12_028_320, flops=8_232_376_320
-    ),
-    _vmamba_in1k(
-        "small_v0", "%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", 83.5, parameters=33_552_288, flops=17_840_277_504
-    ),
-    _vmamba_in1k(
-        "base_v0", "%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth", 83.7, parameters=57_573_248, flops=29_464_551_424
-    ),
-    _vmamba_dense(
-        "tiny_s2l5.coco_maskrcnn_1x", _COCO, _DET + "tiny_epoch_12.pth", parameters=11_835_072, flops=166_142_246_400
-    ),
-    _vmamba_dense(
-        "tiny_s1l8.coco_maskrcnn_1x", _COCO, _DET + "tiny_s_epoch_12.pth", parameters=14_375_040, flops=175_611_456_000
-    ),
-    _vmamba_dense(
-        "small_s2l15.coco_maskrcnn_1x", _COCO, _DET + "small_epoch_11.pth", parameters=31_276_992, flops=329_680_166_400
-    ),
-    _vmamba_dense(
-        "base_s2l15.coco_maskrcnn_1x", _COCO, _DET + "base_epoch_11.pth", parameters=55_401_728, flops=582_779_545_600
-    ),
-    _vmamba_dense(
-        "tiny_s2l5.coco_maskrcnn_3x",
-        _COCO,
-        _DET + "tiny_ms_3x_epoch_36.pth",
-        parameters=11_835_072,
-        flops=166_142_246_400,
-    ),
-    _vmamba_dense(
-        "tiny_s1l8.coco_maskrcnn_3x",
-        _COCO,
-        _DET + "tiny_ms_3x_s_epoch_31.pth",
-        parameters=14_375_040,
-        flops=175_611_456_000,
-    ),
-    _vmamba_dense(
-        "small_s2l15.coco_maskrcnn_3x",
-        _COCO,
-        _DET + "small_ms_3x_epoch_32.pth",
-        parameters=31_276_992,
-        flops=329_680_166_400,
-    ),
-    _vmamba_dense(
-        "tiny_s2l5.ade20k_upernet_512",
-        _ADE20K,
-        _SEG + "tiny_iter_160000.pth",
-        parameters=11_835_072,
-        flops=40_622_358_528,
-    ),
-    _vmamba_dense(
-        "tiny_s1l8.ade20k_upernet_512",
-        _ADE20K,
-        _SEG + "tiny_s_iter_160000.pth",
-        parameters=14_375_040,
-        flops=42_910_875_648,
-    ),
-    _vmamba_dense(
-        "small_s2l15.ade20k_upernet_512",
-        _ADE20K,
-        _SEG + "small_iter_144000.pth",
-        parameters=31_276_992,
-        flops=80_494_460_928,
-    ),
-    _vmamba_dense(
-        "base_s2l15.ade20k_upernet_512",
-        _ADE20K,
-        _SEG + "base_iter_160000.pth",
-        parameters=55_401_728,
-        flops=142_289_666_048,
-    ),
+    _in1k("tiny_v0", "%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", 82.2, 12_028_320, 8_232_376_320),
+    _in1k("small_v0", "%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", 83.5, 33_552_288, 17_840_277_504),
+    _in1k("base_v0", "%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth", 83.7, 57_573_248, 29_464_551_424),
+    _in1k("tiny_s2l5", "%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth", 82.5, 11_834_304, 7_775_373_312),
+    _in1k("tiny_s1l8", "%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth", 82.6, 14_374_272, 8_213_409_792),
+    _in1k("small_s2l15", "%23v2cls/vssm_small_0229_ckpt_epoch_222.pth", 83.6, 31_276_224, 15_407_142_912),
+    _in1k("small_s1l20", "%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth", 83.3, 33_138_048, 15_567_003_648),
+    _in1k("base_s2l15", "%23v2cls/vssm_base_0229_ckpt_epoch_237.pth", 83.9, 55_400_704, 27_235_131_392),
+    _in1k("base_s1l20", "%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", 83.8, 58_763_776, 27_576_729_600),
+    _dense("tiny_v0", "coco_maskrcnn_1x", "%23v0det/vssmtiny_mask_rcnn_swin_fpn_coco_epoch_12.pth"),
+    _dense("small_v0", "coco_maskrcnn_1x", "%23v0det/vssmsmall_mask_rcnn_swin_fpn_coco_epoch_12.pth"),
+    _dense("base_v0", "coco_maskrcnn_1x", "%23v0det/vssmbase_mask_rcnn_swin_fpn_coco_epoch_12.pth"),
+    _dense("tiny_s2l5", "coco_maskrcnn_1x", "%23v2det/mask_rcnn_vssm_fpn_coco_tiny_epoch_12.pth"),
+    _dense("tiny_s1l8", "coco_maskrcnn_1x", "%23v2det/mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth"),
+    _dense("small_s2l15", "coco_maskrcnn_1x", "%23v2det/mask_rcnn_vssm_fpn_coco_small_epoch_11.pth"),
+    _dense("base_s2l15", "coco_maskrcnn_1x", "%23v2det/mask_rcnn_vssm_fpn_coco_base_epoch_11.pth"),
+    _dense("base_s2l15", "coco_maskrcnn_1x_bs8", "%23v2det/mask_rcnn_vssm_fpn_coco_base_epoch_12_bs8.pth"),
+    _dense("tiny_v0", "coco_maskrcnn_3x", "%23v0det/vssmtiny_mask_rcnn_swin_fpn_coco_ms_3x_epoch_34.pth"),
+    _dense("small_v0", "coco_maskrcnn_3x", "%23v0det/vssmsmall_mask_rcnn_swin_fpn_coco_ms_3x_epoch_34.pth"),
+    _dense("tiny_s2l5", "coco_maskrcnn_3x", "%23v2det/mask_rcnn_vssm_fpn_coco_tiny_ms_3x_epoch_36.pth"),
+    _dense("tiny_s1l8", "coco_maskrcnn_3x", "%23v2det/mask_rcnn_vssm_fpn_coco_tiny_ms_3x_s_epoch_31.pth"),
+    _dense("small_s2l15", "coco_maskrcnn_3x", "%23v2det/mask_rcnn_vssm_fpn_coco_small_ms_3x_epoch_32.pth"),
+    _dense("tiny_v0", "ade20k_upernet_512", "%23v0seg/vssmtiny_upernet_4xb4-160k_ade20k-512x512_iter_160000.pth"),
+    _dense("small_v0", "ade20k_upernet_512", "%23v0seg/vssmsmall_upernet_4xb4-160k_ade20k-512x512_iter_160000.pth"),
+    _dense("base_v0", "ade20k_upernet_512", "%23v0seg/vssmbase_upernet_4xb4-160k_ade20k-512x512_iter_128000.pth"),
+    _dense("tiny_s2l5", "ade20k_upernet_512", _UPERNET_V2 + "tiny_iter_160000.pth"),
+    _dense("tiny_s1l8", "ade20k_upernet_512", _UPERNET_V2 + "tiny_s_iter_160000.pth"),
+    _dense("small_s2l15", "ade20k_upernet_512", _UPERNET_V2 + "small_iter_144000.pth"),
+    _dense("base_s2l15", "ade20k_upernet_512", _UPERNET_V2 + "base_iter_160000.pth"),
 ]
 
 __all__ = ["VMAMBA_ENCODERS"]
