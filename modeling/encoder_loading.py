@@ -34,6 +34,10 @@ _NEUTRAL_NORMS = ("hidden_states_norms.", "swin.layernorm.")
 last stage that a Swin has: behind another one when its later stages are cut, where it decides nothing."""
 
 
+_PART_PREFIX = r"^(?:model\.)?(?:vision_tower|vision_model|vision_encoder|backbone)\.(?:vision_model\.)?"
+"""Under what names models that contain a vision model keep it (LLaVA, CLIP, AIMv2, UPerNet, ...)."""
+
+
 def load_encoder(
     name_or_dir: str | PathLike,
     *,
@@ -118,13 +122,24 @@ def read_transformers(source: str | PathLike) -> PreTrainedModel:
     config = _saved_config(source)
     part, saved_class = vision_part(config), _saved_class(config)
     if part is config:
-        model_class, elsewhere = saved_class, set()
+        model, info = saved_class.from_pretrained(source, output_loading_info=True)
+        unexpected = info["unexpected_keys"]
     else:
-        model_class, elsewhere = AutoModel._model_mapping[type(part)], set(on_meta(saved_class, config).state_dict())
-    model, info = model_class.from_pretrained(source, output_loading_info=True)
-    unexpected = [key for key in info["unexpected_keys"] if key not in elsewhere]
+        model, info = _part_class(on_meta(saved_class, config), part).from_pretrained(
+            source, config=part, key_mapping={_PART_PREFIX: ""}, output_loading_info=True
+        )
+        own = {key.partition(".")[0] for key in model.state_dict()}
+        unexpected = [key for key in info["unexpected_keys"] if key.partition(".")[0] in own]
     report_misfit(str(source), missing=info["missing_keys"], unexpected=unexpected, misshaped=info["mismatched_keys"])
     return model.eval()
+
+
+def _part_class(whole: PreTrainedModel, part: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model inside `whole` that has this kind of config."""
+    for module in whole.modules():
+        if isinstance(module, PreTrainedModel) and type(module.config) is type(part):
+            return type(module)
+    return AutoModel._model_mapping[type(part)]
 
 
 def _saved_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -237,12 +252,12 @@ def _tensors_of(
     tapped: PreTrainedModel, tensors: Mapping[str, torch.Tensor], model_class: type[PreTrainedModel], where: str
 ) -> StateDict:
     """What the tapped model (without memory) takes from the whole one, under the tapped model's names."""
-    whole = {key.removeprefix(f"{model_class.base_model_prefix}."): tensor for key, tensor in tensors.items()}
+    prefix = model_class.base_model_prefix
     picked, missing, misshaped = {}, [], []
     timm_names = names_in_whole(tapped) if tapped.config.model_type == "tapped_timm" else {}
     for key, own in tapped.state_dict().items():
         source = timm_names.get(key) or _name_in_whole(key, tapped)
-        found = whole.get(source)
+        found = tensors.get(source, tensors.get(f"{prefix}.{source}"))
         fits = found is not None and found.shape == own.shape
         if not fits and key.startswith(_NEUTRAL_NORMS):
             found = torch.full(own.shape, 1.0 if key.endswith("weight") else 0.0)
