@@ -62,8 +62,10 @@ class Result:
         return {**dataclasses.asdict(self), "predictions": str(self.predictions)}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the scores as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        """Writes the scores as JSON, unless they are there already."""
+        file, text = Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        if not file.is_file() or file.read_text() != text:
+            file.write_text(text)
 
 
 def evaluate(

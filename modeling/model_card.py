@@ -4,6 +4,7 @@ Everything that a card says is read from the folder's own files, from the table 
 `model_cards/origins.yaml`. What none of them says is left out or called unknown.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .card_facts import TASKS, encoder_facts, evaluation_row, kind_rows, limits, training_facts, vlm_facts
 from .card_parts import (
@@ -27,7 +30,11 @@ from .card_parts import (
 )
 from .saved_folder import Evaluation, SavedFolder
 
+logger = logging.get_logger(__name__)
+
 CARD_FILE = "README.md"
+_TRANSFORMERS_OWN = "This model card has been automatically generated."  # in the empty card that a push makes up
+_WITH_CARD: set[type] = set()
 _MARK = re.compile(r"\n<!-- ssm-vlm card ([0-9a-f]{64}) -->\n?\Z")
 
 
@@ -70,13 +77,48 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, force: bool = 
         force: write over a card of somebody's own, too.
 
     Returns:
-        Whether it wrote.
+        Whether the card is there; False where somebody's own was left.
     """
     file = Path(folder) / CARD_FILE
-    if file.is_file() and not force and not is_untouched(file.read_text(encoding="utf-8", errors="replace")):
+    there = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+    if there is not None and not force and not is_untouched(there):
         return False
-    file.write_text(marked(render_card(folder, repo_id=repo_id)), encoding="utf-8")
+    text = marked(render_card(folder, repo_id=repo_id))
+    if text != there:
+        file.write_text(text, encoding="utf-8")
     return True
+
+
+def save_with_card(model_class: type[PreTrainedModel]) -> None:
+    """From now on `save_pretrained` of a model class writes a card beside the weights, and `push_to_hub` uploads it.
+
+    Transformers would push an empty card instead. A card that somebody wrote is left, in the folder as on the Hub.
+    """
+    if _WITH_CARD & set(model_class.mro()):
+        return
+    _WITH_CARD.add(model_class)
+    save, upload = model_class.save_pretrained, model_class._upload_modified_files
+
+    @functools.wraps(save)
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        save(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and (Path(save_directory) / "config.json").is_file():  # adapters alone are saved without
+            try:
+                write_card(save_directory)
+            except ValueError as error:  # of a file that lay there; the model is saved
+                logger.warning(f"No model card was written: {error}")
+
+    @functools.wraps(upload)
+    def upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        file = Path(working_dir) / CARD_FILE
+        there = ModelCard(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if there is None or _TRANSFORMERS_OWN in there.text or is_untouched(str(there)):
+            card = render_card(working_dir, repo_id=repo_id)
+            card.data.tags = list(dict.fromkeys([*card.data.tags, *(there and there.data.tags or ())]))
+            file.write_text(marked(card), encoding="utf-8")
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    model_class.save_pretrained, model_class._upload_modified_files = save_pretrained, upload_modified_files
 
 
 def marked(card: ModelCard) -> str:
@@ -155,4 +197,4 @@ def _plus_minus(evaluation: Evaluation) -> str:
     return f" (95 % interval {100 * low:.1f} to {100 * high:.1f}, {evaluation.items} items)"
 
 
-__all__ = ["CARD_FILE", "is_untouched", "marked", "render_card", "write_card"]
+__all__ = ["CARD_FILE", "is_untouched", "marked", "render_card", "save_with_card", "write_card"]

@@ -18,6 +18,7 @@ from .modeling.encoder_loading import load_encoder
 from .modeling.encoder_preprocessing import image_processor_arguments
 from .modeling.geometry import Geometry, make_geometry
 from .modeling.image_processing_llava_style import LlavaStyleImageProcessor
+from .modeling.model_card import save_with_card
 from .modeling.modeling_backbone_classifier import BackboneForImageClassification
 from .modeling.modeling_hidden_state_backbone import HiddenStateBackbone
 from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration, LlavaStyleModel
@@ -49,6 +50,7 @@ for config_class, models in MODELS.items():
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class, model in models.items():
         getattr(transformers, auto_class).register(config_class, model, exist_ok=True)
+        save_with_card(model)
     save_with_code(config_class, {"AutoConfig": config_class, **models})
 AutoImageProcessor.register(
     LlavaStyleConfig,
