@@ -2,10 +2,23 @@
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoBackbone, AutoConfig, AutoModel, CLIPVisionConfig, ResNetConfig, ViTConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    CLIPVisionConfig,
+    ConvNextConfig,
+    LlamaConfig,
+    ResNetConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    ViTConfig,
+)
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from ssm_vlm.configuration.configuration_hidden_state_backbone import HIDDEN_STATE_FAMILIES, HiddenStateBackboneConfig
+from ssm_vlm.modeling.encoder_loading import load_encoder
 from ssm_vlm.modeling.modeling_hidden_state_backbone import HiddenStateBackbone
 from ssm_vlm.modeling.token_grid import encoder_downsampling, grid_size
 
@@ -96,6 +109,16 @@ class TestEveryFamily:
         expected = tokens[:, prefix:].reshape(2, *grid, 16).permute(0, 3, 1, 2)
         assert torch.allclose(backbone(pixels).feature_maps[-1], expected, atol=1e-6)
         assert not torch.allclose(backbone(pixels.flip(3)).feature_maps[-1], expected, atol=1e-2)
+
+    def test_a_saved_whole_model_is_loaded_up_to_its_tap(self, model_type, tmp_path):
+        torch.manual_seed(0)
+        stock = AutoModel.from_config(STOCK[model_type]).eval()
+        stock.save_pretrained(tmp_path)
+        encoder, pixels = load_encoder(tmp_path), torch.randn(1, 3, 32, 40)
+        assert encoder.config.out_features == ["block3"]
+        tokens = stock_hidden_states(model_type, stock, pixels)[3][:, encoder.config.num_prefix_tokens :]
+        expected = tokens.reshape(1, 4, 5, 16).permute(0, 3, 1, 2)
+        assert torch.allclose(encoder(pixels).feature_maps[-1], expected, atol=1e-6)
 
     def test_no_parameter_is_idle(self, model_type):
         backbone = build(STOCK[model_type])
@@ -215,3 +238,45 @@ def test_stochastic_depth_of_the_kept_blocks_is_that_of_the_whole_model():
     stock = CONFIG_MAPPING["dinov2"](**SMALL, drop_path_rate=0.3)
     cut = build(stock, tap_layer=1).vision_model.config
     assert cut.num_hidden_layers == 2 and cut.drop_path_rate == pytest.approx(0.1)
+
+
+TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 99,
+}
+COMPOSITES = {
+    "clip": {"vision_config": SMALL, "text_config": TEXT},
+    "siglip": {"vision_config": SMALL, "text_config": TEXT},
+    "aimv2": {"vision_config": SMALL | {"is_native": True}, "text_config": TEXT},
+    "chinese_clip": {"vision_config": SMALL, "text_config": TEXT},
+    "llava": {
+        "vision_config": STOCK["clip_vision_model"],
+        "text_config": LlamaConfig(**TEXT),
+        "image_token_index": 98,
+    },
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_the_vision_part_of_a_larger_model(name, tmp_path):
+    torch.manual_seed(0)
+    whole = AutoModel.from_config(CONFIG_MAPPING[name](**COMPOSITES[name])).eval()
+    whole.save_pretrained(tmp_path)
+    encoder, pixels = load_encoder(tmp_path, tap="block2"), torch.randn(1, 3, 32, 32)
+    part = whole.vision_tower if name == "llava" else whole.vision_model
+    tokens = part(pixels, output_hidden_states=True).hidden_states[2][:, encoder.config.num_prefix_tokens :]
+    assert torch.allclose(encoder(pixels).feature_maps[-1], tokens.mT.reshape(1, 16, 4, 4), atol=1e-6)
+
+
+def test_the_encoder_of_a_segmenter_keeps_its_trained_norm(tmp_path):
+    stages = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "out_features": ["stage2", "stage3"]}
+    config = UperNetConfig(backbone_config=ConvNextConfig(**stages), hidden_size=8, use_auxiliary_head=False)
+    segmenter = UperNetForSemanticSegmentation(config).eval()
+    with torch.no_grad():
+        segmenter.backbone.hidden_states_norms["stage3"].weight.normal_()
+    segmenter.save_pretrained(tmp_path)
+    encoder, pixels = load_encoder(tmp_path), torch.randn(1, 3, 64, 64)
+    assert torch.allclose(encoder(pixels).feature_maps[-1], segmenter.backbone(pixels).feature_maps[-1], atol=1e-6)
