@@ -75,10 +75,12 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], MambaV
         layer_scale=1e-5 if "levels.2.blocks.0.gamma_1" in reference else None,
         conv_layer_scale=1e-5 if "levels.0.blocks.0.gamma" in reference else None,
         final_norm="norm.weight" in reference,
-        out_features=["stage4"],
         **({"num_labels": shape("head.weight")[0]} if has_head else {}),
     )
-    return (MambaVisionForImageClassification if has_head else MambaVisionBackbone), config
+    if has_head:
+        return MambaVisionForImageClassification, config
+    config.out_features = config.stage_names[1:]
+    return MambaVisionBackbone, config
 
 
 def _convert(tensors: Mapping[str, Tensor], config: MambaVisionConfig) -> StateDict:
@@ -99,7 +101,9 @@ def _convert(tensors: Mapping[str, Tensor], config: MambaVisionConfig) -> StateD
     return converted
 
 
-MAMBAVISION_LAYOUT = CheckpointLayout(_recognises, _infer, _convert)
+MAMBAVISION_LAYOUT = CheckpointLayout(
+    _recognises, _infer, _convert, unseen=("num_attention_heads", "window_sizes", "image_size")
+)
 """A file with a classifier becomes `MambaVisionForImageClassification`, one without becomes `MambaVisionBackbone`."""
 
 __all__ = ["MAMBAVISION_LAYOUT"]
