@@ -8,11 +8,13 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_hidden_state_backbone import HiddenStateBackboneConfig
+from .configuration_mambavision import MambaVisionConfig
 from .configuration_ssm_vision import SSMVisionConfig
 from .configuration_tapped_timm import TappedTimmConfig
 
 OWN_ENCODER_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    config.model_type: config for config in (HiddenStateBackboneConfig, SSMVisionConfig, TappedTimmConfig)
+    config.model_type: config
+    for config in (HiddenStateBackboneConfig, MambaVisionConfig, SSMVisionConfig, TappedTimmConfig)
 }
 """`model_type` -> config of each Backbone of this library; its model is in `modeling.own_backbones`."""
 

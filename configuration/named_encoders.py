@@ -10,6 +10,7 @@ import difflib
 from .digit_encoders import DIGIT_ENCODERS
 from .encoder_entry import NamedEncoder, Preprocessing, WeightSource
 from .hierarchical_encoders import HIERARCHICAL_ENCODERS
+from .mambavision_encoders import MAMBAVISION_ENCODERS
 from .maxvit_encoders import MAXVIT_ENCODERS
 from .plain_vit_encoders import PLAIN_VIT_ENCODERS
 from .vitdet_encoders import VITDET_ENCODERS
@@ -26,7 +27,13 @@ def _table(*groups: list[NamedEncoder]) -> dict[str, NamedEncoder]:
 
 
 ENCODERS = _table(
-    VMAMBA_ENCODERS, PLAIN_VIT_ENCODERS, HIERARCHICAL_ENCODERS, MAXVIT_ENCODERS, VITDET_ENCODERS, DIGIT_ENCODERS
+    VMAMBA_ENCODERS,
+    PLAIN_VIT_ENCODERS,
+    HIERARCHICAL_ENCODERS,
+    MAXVIT_ENCODERS,
+    MAMBAVISION_ENCODERS,
+    VITDET_ENCODERS,
+    DIGIT_ENCODERS,
 )
 """Name -> entry, in the order in which tables show them."""
 

@@ -26,12 +26,15 @@ class CheckpointLayout:
             they are, so that loading names them.
         discards: regular expressions for the beginnings of the file's keys that are dropped even of the whole model
             (dense heads, buffers that the config determines). Everything else must be loaded.
+        unseen: fields of the config that no tensor shows: taken from the named encoder where one is given; without one
+            `infer` follows what most published models have.
     """
 
     recognises: Callable[[Mapping[str, Tensor]], bool]
     infer: Callable[[Mapping[str, Tensor]], tuple[type[PreTrainedModel], PreTrainedConfig]]
     convert: Callable[[Mapping[str, Tensor], PreTrainedConfig], StateDict]
     discards: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
 
 
 __all__ = ["CheckpointLayout", "StateDict"]

@@ -7,6 +7,7 @@ from torch import Tensor
 from .checkpoint_layout import CheckpointLayout
 from .convert_convnext import CONVNEXT_LAYOUT
 from .convert_jax_vit import JAX_VIT_LAYOUT
+from .convert_mambavision import MAMBAVISION_LAYOUT
 from .convert_swin import SWIN_LAYOUT
 from .convert_timm_maxvit import TIMM_MAXVIT_LAYOUT
 from .convert_timm_vit import TIMM_VIT_LAYOUT
@@ -20,6 +21,7 @@ LAYOUTS: dict[str, CheckpointLayout] = {
     "swin": SWIN_LAYOUT,
     "convnext": CONVNEXT_LAYOUT,
     "timm_maxvit": TIMM_MAXVIT_LAYOUT,
+    "mambavision": MAMBAVISION_LAYOUT,
     "vitdet": VITDET_LAYOUT,
 }
 """Name in `WeightSource.layout` -> layout. A new family of files adds one line here."""

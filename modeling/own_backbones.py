@@ -3,12 +3,13 @@
 from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 
 from .modeling_hidden_state_backbone import HiddenStateBackbone
+from .modeling_mambavision import MambaVisionBackbone
 from .modeling_ssm_vision import SSMVisionBackbone
 from .modeling_tapped_timm import TappedTimmBackbone
 
 OWN_BACKBONES: dict[str, type[PreTrainedModel]] = {
     backbone.config_class.model_type: backbone
-    for backbone in (HiddenStateBackbone, SSMVisionBackbone, TappedTimmBackbone)
+    for backbone in (HiddenStateBackbone, MambaVisionBackbone, SSMVisionBackbone, TappedTimmBackbone)
 }
 """`model_type` -> each Backbone of this library; its config is in `configuration.encoder_configs`."""
 

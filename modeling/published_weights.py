@@ -51,6 +51,7 @@ def read_published(
     layout: str | None = None,
     *,
     stock_config: PreTrainedConfig | None = None,
+    named_config: PreTrainedConfig | None = None,
     sha256: str | None = None,
 ) -> PublishedWeights:
     """Reads a published file strictly: each of its keys is loaded or stands on its layout's list of discards.
@@ -60,6 +61,7 @@ def read_published(
         layout: name in `LAYOUTS`; recognised where not given.
         stock_config: config of the whole model without its head, where the table knows it: it replaces what the layout
             reads off the shapes, and so also decides what no shape shows.
+        named_config: config of the encoder that the file is said to hold: it decides the layout's `unseen` fields.
         sha256: checksum that the file must have.
 
     Raises:
@@ -76,6 +78,9 @@ def read_published(
         model_class, config = rules.infer(tensors)
         if stock_config is not None and stock_config.model_type == config.model_type:
             config = _with_labels_of(config, stock_config)
+        if named_config is not None and named_config.model_type == config.model_type:
+            for field in rules.unseen:
+                setattr(config, field, copy.deepcopy(getattr(named_config, field)))
         discarded = [key for key in tensors if _matches(rules.discards, key)]
         converted = rules.convert({key: tensors[key] for key in tensors if key not in set(discarded)}, config)
     except (ValueError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:

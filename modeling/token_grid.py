@@ -74,6 +74,11 @@ def _ssm_vision(config: Any) -> Downsampling:
     return stem + [[2, "ceil"] for _ in range(_tap_stage(config) - 1)]
 
 
+def _mambavision(config: Any) -> Downsampling:
+    # The stem's two convolutions and those between stages are padded; every second stage name lies behind one.
+    return [[2, "ceil"] for _ in range(2 + _tap_stage(config) // 2)]
+
+
 def _swin(config: Any) -> Downsampling:
     # Patch embedding and patch merging both pad to a multiple of their stride.
     return [[config.patch_size, "ceil"]] + [[2, "ceil"] for _ in range(_tap_stage(config) - 1)]
@@ -118,6 +123,7 @@ def _timm_backbone(config: Any) -> Downsampling:
 
 DOWNSAMPLING: dict[str, Callable[[Any], Downsampling]] = {
     "ssm_vision": _ssm_vision,
+    "mambavision": _mambavision,
     "hidden_state_backbone": _patch,
     "swin": _swin,
     "swinv2": _swin,

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 from .configuration.configuration_backbone_classifier import BackboneClassifierConfig
 from .configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from .configuration.configuration_llava_style import LlavaStyleConfig
+from .configuration.configuration_mambavision import MambaVisionConfig
 from .configuration.configuration_ssm_vision import SSMVisionConfig
 from .configuration.configuration_tapped_timm import TappedTimmConfig
 from .configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
@@ -22,6 +23,7 @@ from .modeling.model_card import save_with_card
 from .modeling.modeling_backbone_classifier import BackboneForImageClassification
 from .modeling.modeling_hidden_state_backbone import HiddenStateBackbone
 from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration, LlavaStyleModel
+from .modeling.modeling_mambavision import MambaVisionBackbone, MambaVisionForImageClassification, MambaVisionModel
 from .modeling.modeling_ssm_vision import SSMVisionBackbone, SSMVisionForImageClassification, SSMVisionModel
 from .modeling.modeling_tapped_timm import TappedTimmBackbone
 from .modeling.processing_llava_style import LlavaStyleProcessor
@@ -36,6 +38,11 @@ MODELS = {
     LlavaStyleConfig: {
         "AutoModel": LlavaStyleModel,
         "AutoModelForImageTextToText": LlavaStyleForConditionalGeneration,
+    },
+    MambaVisionConfig: {
+        "AutoModel": MambaVisionModel,
+        "AutoBackbone": MambaVisionBackbone,
+        "AutoModelForImageClassification": MambaVisionForImageClassification,
     },
     SSMVisionConfig: {
         "AutoModel": SSMVisionModel,
@@ -74,6 +81,10 @@ __all__ = [
     "LlavaStyleImageProcessor",
     "LlavaStyleModel",
     "LlavaStyleProcessor",
+    "MambaVisionBackbone",
+    "MambaVisionConfig",
+    "MambaVisionForImageClassification",
+    "MambaVisionModel",
     "NamedEncoder",
     "SSMVisionBackbone",
     "SSMVisionConfig",

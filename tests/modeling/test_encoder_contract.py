@@ -29,6 +29,12 @@ def shrink_ssm_vision(config):
     config.head_dim, config.image_size = 4, 64
 
 
+def shrink_mambavision(config):
+    config.stem_width, config.hidden_sizes, config.depths = 4, WIDTHS, [1, 1, 3, 2]
+    config.num_attention_heads, config.window_sizes = [2, 4], [3, 2]
+    config.layer_scale = config.layer_scale and 0.5
+
+
 def shrink_plain(config):
     stock = config.vision_config
     stock.hidden_size, stock.num_attention_heads, stock.num_hidden_layers = 16, 2, 3
@@ -59,6 +65,7 @@ def shrink_tapped_timm(config):
 
 SHRINK = {
     "ssm_vision": shrink_ssm_vision,
+    "mambavision": shrink_mambavision,
     "hidden_state_backbone": shrink_plain,
     "swin": shrink_swin,
     "convnext": shrink_convnext,
@@ -76,7 +83,7 @@ def without_derived(fields):
         derived |= {"out_features"}
     elif fields["model_type"] == "tapped_timm":
         derived = {"out_indices"}
-    elif fields["model_type"] not in ("ssm_vision", "swin", "convnext"):
+    elif fields["model_type"] not in ("ssm_vision", "mambavision", "swin", "convnext"):
         derived |= {"out_features"}
     return {key: value for key, value in fields.items() if key not in derived}
 
