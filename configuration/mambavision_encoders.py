@@ -14,7 +14,7 @@ from functools import partial
 from .configuration_mambavision import MambaVisionConfig
 from .encoder_entry import IMAGENET, NamedEncoder, Preprocessing, WeightSource
 
-_VARIANTS = {  # width of the stem and of stage 1, blocks per stage, heads of stages 3 and 4, stochastic depth, LayerScale
+_VARIANTS = {  # widths of the stem and stage 1, blocks per stage, heads of stages 3 and 4, stochastic depth, LayerScale
     "tiny": (32, 80, [1, 3, 8, 4], [8, 16], 0.2, None),
     "tiny2": (32, 80, [1, 3, 11, 4], [8, 16], 0.2, None),
     "small": (64, 96, [3, 3, 7, 5], [8, 16], 0.2, None),
