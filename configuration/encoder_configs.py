@@ -11,10 +11,11 @@ from .configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from .configuration_mambavision import MambaVisionConfig
 from .configuration_ssm_vision import SSMVisionConfig
 from .configuration_tapped_timm import TappedTimmConfig
+from .configuration_vit_adapter import VitAdapterConfig
 
 OWN_ENCODER_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     config.model_type: config
-    for config in (HiddenStateBackboneConfig, MambaVisionConfig, SSMVisionConfig, TappedTimmConfig)
+    for config in (HiddenStateBackboneConfig, MambaVisionConfig, SSMVisionConfig, TappedTimmConfig, VitAdapterConfig)
 }
 """`model_type` -> config of each Backbone of this library; its model is in `modeling.own_backbones`."""
 

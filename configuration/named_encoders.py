@@ -13,6 +13,7 @@ from .hierarchical_encoders import HIERARCHICAL_ENCODERS
 from .mambavision_encoders import MAMBAVISION_ENCODERS
 from .maxvit_encoders import MAXVIT_ENCODERS
 from .plain_vit_encoders import PLAIN_VIT_ENCODERS
+from .vit_adapter_encoders import VIT_ADAPTER_ENCODERS
 from .vitdet_encoders import VITDET_ENCODERS
 from .vmamba_encoders import VMAMBA_ENCODERS
 
@@ -33,6 +34,7 @@ ENCODERS = _table(
     MAXVIT_ENCODERS,
     MAMBAVISION_ENCODERS,
     VITDET_ENCODERS,
+    VIT_ADAPTER_ENCODERS,
     DIGIT_ENCODERS,
 )
 """Name -> entry, in the order in which tables show them."""

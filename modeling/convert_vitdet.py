@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, VitDetBackbone, VitDetConfig
 
 from .checkpoint_layout import CheckpointLayout, StateDict
+from .rename_keys import count_indices, rename_keys
 
 _NET = r"^(?:module\.)?backbone\.net\."
 _BLOCK, _OURS = _NET + r"blocks\.(\d+)\.", r"encoder.layer.\1."
@@ -45,7 +46,7 @@ def _reach(table: Tensor) -> int:
 
 def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], VitDetConfig]:
     net = _net(state_dict)
-    depth = 1 + max((int(key.split(".")[1]) for key in net if re.match(r"blocks\.\d+\.", key)), default=-1)
+    depth = count_indices(net, r"blocks\.(\d+)\.")
     needed = ["patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"]
     needed += [f"blocks.{block}.attn.rel_pos_{axis}" for block in range(depth) for axis in "hw"]
     missing = [f"backbone.net.{key}" for key in needed if key not in net]
@@ -97,16 +98,12 @@ def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], Vit
 
 
 def _convert(state_dict: Mapping[str, Tensor], config: VitDetConfig) -> StateDict:
-    converted = {}
-    for key, tensor in state_dict.items():
-        for pattern, replacement in _RULES:
-            key, hit = re.subn(pattern, replacement, key)
-            if hit:
-                break
-        if key == "embeddings.position_embeddings" and math.isqrt(tensor.shape[1]) ** 2 == tensor.shape[1]:
-            # Transformers drops the first row, a class token's, which a model pretrained without one lacks.
-            tensor = torch.cat([tensor.new_zeros(1, 1, tensor.shape[2]), tensor], dim=1)
-        converted[key] = tensor
+    converted = rename_keys(state_dict, _RULES)
+    positions = converted.get("embeddings.position_embeddings")
+    if positions is not None and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+        # Transformers drops the first row, a class token's, which a model pretrained without one lacks.
+        none = positions.new_zeros(1, 1, positions.shape[2])
+        converted["embeddings.position_embeddings"] = torch.cat([none, positions], dim=1)
     return converted
 
 

@@ -6,23 +6,23 @@ from torch import Tensor
 
 from .checkpoint_layout import CheckpointLayout
 from .convert_convnext import CONVNEXT_LAYOUT
-from .convert_jax_vit import JAX_VIT_LAYOUT
 from .convert_mambavision import MAMBAVISION_LAYOUT
 from .convert_swin import SWIN_LAYOUT
 from .convert_timm_maxvit import TIMM_MAXVIT_LAYOUT
 from .convert_timm_vit import TIMM_VIT_LAYOUT
+from .convert_vit_adapter import VIT_ADAPTER_LAYOUT
 from .convert_vitdet import VITDET_LAYOUT
 from .convert_vmamba import VMAMBA_LAYOUT
 
 LAYOUTS: dict[str, CheckpointLayout] = {
     "vmamba": VMAMBA_LAYOUT,
     "timm_vit": TIMM_VIT_LAYOUT,
-    "jax_vit": JAX_VIT_LAYOUT,
     "swin": SWIN_LAYOUT,
     "convnext": CONVNEXT_LAYOUT,
     "timm_maxvit": TIMM_MAXVIT_LAYOUT,
     "mambavision": MAMBAVISION_LAYOUT,
     "vitdet": VITDET_LAYOUT,
+    "vit_adapter": VIT_ADAPTER_LAYOUT,
 }
 """Name in `WeightSource.layout` -> layout. A new family of files adds one line here."""
 

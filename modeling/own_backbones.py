@@ -6,10 +6,17 @@ from .modeling_hidden_state_backbone import HiddenStateBackbone
 from .modeling_mambavision import MambaVisionBackbone
 from .modeling_ssm_vision import SSMVisionBackbone
 from .modeling_tapped_timm import TappedTimmBackbone
+from .modeling_vit_adapter import VitAdapterBackbone
 
 OWN_BACKBONES: dict[str, type[PreTrainedModel]] = {
     backbone.config_class.model_type: backbone
-    for backbone in (HiddenStateBackbone, MambaVisionBackbone, SSMVisionBackbone, TappedTimmBackbone)
+    for backbone in (
+        HiddenStateBackbone,
+        MambaVisionBackbone,
+        SSMVisionBackbone,
+        TappedTimmBackbone,
+        VitAdapterBackbone,
+    )
 }
 """`model_type` -> each Backbone of this library; its config is in `configuration.encoder_configs`."""
 

@@ -121,6 +121,11 @@ def _timm_backbone(config: Any) -> Downsampling:
     return [[stride, "ceil" if rows == 5 else "floor"]]
 
 
+def _vit_adapter(config: Any) -> Downsampling:
+    # The canvas is filled up for the deepest level, and each level's map is cut to the cells that hold picture.
+    return [[config.patch_size, "ceil"]]
+
+
 DOWNSAMPLING: dict[str, Callable[[Any], Downsampling]] = {
     "ssm_vision": _ssm_vision,
     "mambavision": _mambavision,
@@ -137,6 +142,7 @@ DOWNSAMPLING: dict[str, Callable[[Any], Downsampling]] = {
     "tapped_timm": lambda config: config.downsampling,
     "timm_backbone": _timm_backbone,
     "vitdet": _patch,
+    "vit_adapter": _vit_adapter,
 }
 """`model_type` of an encoder config -> its steps up to the tap. A new family of encoders adds one line here."""
 

@@ -12,6 +12,7 @@ from .configuration.configuration_llava_style import LlavaStyleConfig
 from .configuration.configuration_mambavision import MambaVisionConfig
 from .configuration.configuration_ssm_vision import SSMVisionConfig
 from .configuration.configuration_tapped_timm import TappedTimmConfig
+from .configuration.configuration_vit_adapter import VitAdapterConfig
 from .configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
 from .modeling.connectors import load_connector, model_downsampling, save_connector
 from .modeling.encoder_conversion import convert_encoder
@@ -26,6 +27,7 @@ from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration, L
 from .modeling.modeling_mambavision import MambaVisionBackbone, MambaVisionForImageClassification, MambaVisionModel
 from .modeling.modeling_ssm_vision import SSMVisionBackbone, SSMVisionForImageClassification, SSMVisionModel
 from .modeling.modeling_tapped_timm import TappedTimmBackbone
+from .modeling.modeling_vit_adapter import VitAdapterBackbone, VitAdapterModel
 from .modeling.processing_llava_style import LlavaStyleProcessor
 from .modeling.remote_code import save_with_code
 from .modeling.token_grid import encoder_downsampling, grid_size, num_image_tokens
@@ -50,6 +52,7 @@ MODELS = {
         "AutoModelForImageClassification": SSMVisionForImageClassification,
     },
     TappedTimmConfig: {"AutoModel": TappedTimmBackbone, "AutoBackbone": TappedTimmBackbone},
+    VitAdapterConfig: {"AutoModel": VitAdapterModel, "AutoBackbone": VitAdapterBackbone},
 }
 """Config of each family of models -> Auto class -> model: registered here, and found through it in saved folders."""
 
@@ -92,6 +95,9 @@ __all__ = [
     "SSMVisionModel",
     "TappedTimmBackbone",
     "TappedTimmConfig",
+    "VitAdapterBackbone",
+    "VitAdapterConfig",
+    "VitAdapterModel",
     "convert_encoder",
     "encoder_downsampling",
     "get_named_encoder",

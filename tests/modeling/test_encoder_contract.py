@@ -55,6 +55,12 @@ def shrink_vitdet(config):
     config.image_size, config.pretrain_image_size = 4 * config.patch_size, 3 * config.patch_size
 
 
+def shrink_vit_adapter(config):
+    config.hidden_size, config.num_attention_heads, config.num_hidden_layers = 16, 2, 4
+    config.conv_inner_size, config.deform_num_heads, config.pretrain_image_size = 4, 2, 48
+    config.injector_init_value = 0.5
+
+
 def shrink_tapped_timm(config):
     """MaxViT with windows of one cell; timm's own small models stand in for the other families."""
     config.backbone, config.grid_multiple = "maxvit_tiny_tf_224", 1
@@ -70,6 +76,7 @@ SHRINK = {
     "swin": shrink_swin,
     "convnext": shrink_convnext,
     "vitdet": shrink_vitdet,
+    "vit_adapter": shrink_vit_adapter,
     "tapped_timm": shrink_tapped_timm,
 }
 """A new family of encoders adds one function that makes its config small."""
@@ -85,6 +92,8 @@ def without_derived(fields):
         derived = {"out_indices"}
     elif fields["model_type"] not in ("ssm_vision", "mambavision", "swin", "convnext"):
         derived |= {"out_features"}
+    if fields["model_type"] in ("vitdet", "vit_adapter"):
+        derived -= {"hidden_size"}
     return {key: value for key, value in fields.items() if key not in derived}
 
 

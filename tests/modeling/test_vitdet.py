@@ -11,6 +11,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from definition_pieces import cubic, gelu, layer_norm, linear, relative_error, resize_matrix, resized
 from transformers import AutoBackbone, AutoModel, VitDetBackbone
 
 from ssm_vlm.modeling.array_pickle import read_array_pickle
@@ -55,37 +56,6 @@ def detectron2_weights(dtype=torch.float64):
         scale = 0.5 if len(shape) == 1 or "pos" in name else 1.0 / max(np.prod(shape[1:]), 1) ** 0.5
         weights[name] = scale * torch.randn(shape, dtype=dtype) + (1.0 if "norm" in name and "weight" in name else 0.0)
     return weights
-
-
-def layer_norm(x, weight, bias, dim=-1):
-    centred = x - x.mean(dim, keepdim=True)
-    return centred / (centred.square().mean(dim, keepdim=True) + 1e-6).sqrt() * weight + bias
-
-
-def gelu(x):
-    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
-
-
-def resize_matrix(size, new_size, kernel, clamp_start):
-    """[new_size, size]: what each old cell adds to each new one; cell centres are at halves, borders repeat."""
-    matrix = torch.zeros(new_size, size, dtype=torch.float64)
-    for row in range(new_size):
-        source = (row + 0.5) * size / new_size - 0.5
-        source = max(source, 0.0) if clamp_start else source
-        first = int(np.floor(source)) - 1
-        for cell in range(first, first + 4):
-            matrix[row, min(max(cell, 0), size - 1)] += kernel(abs(source - cell))
-    return matrix
-
-
-def linear(distance):
-    return max(1 - distance, 0.0)
-
-
-def cubic(distance, a=-0.75):
-    if distance <= 1:
-        return (a + 2) * distance**3 - (a + 3) * distance**2 + 1
-    return a * distance**3 - 5 * a * distance**2 + 8 * a * distance - 4 * a if distance < 2 else 0.0
 
 
 def attention(x, weights, block):
@@ -141,8 +111,7 @@ def definition(weights, picture):
     patches = patches.permute(1, 3, 0, 2, 4).flatten(2)  # [rows, columns, 3 * patch * patch]
     x = patches @ weights["patch_embed.proj.weight"].flatten(1).T + weights["patch_embed.proj.bias"]
     positions = weights["pos_embed"][0, -(PRETRAINED**2) :].unflatten(0, (PRETRAINED, PRETRAINED))
-    down, across = (resize_matrix(PRETRAINED, size, cubic, False) for size in (rows, columns))
-    x = x + torch.einsum("rh,cw,hwd->rcd", down, across, positions)
+    x = x + resized(positions, rows, columns, cubic, False)
     for index in range(DEPTH):
         block = f"blocks.{index}."
         mix = attention if index in GLOBAL_BLOCKS else windowed
@@ -168,10 +137,6 @@ def converted_backbone(weights, **changes):
     model = model_class(config).eval()
     model.load_state_dict(VITDET_LAYOUT.convert(tensors, config))
     return model
-
-
-def relative_error(ours, reference):
-    return ((ours.double() - reference).abs().max() / reference.abs().max()).item()
 
 
 def pictures(size):
