@@ -11,7 +11,7 @@ VICUNA_SYSTEM_PROMPT = (
 # [BOS][image tokens]SYSTEM USER: question ASSISTANT: answer</s>USER: ... (paper release, Vicuna v1.5 prompter). Every
 # picture of the conversation stands right after BOS. What the model must learn, from the space before an answer to its
 # </s>, is inside the generation marks; a prompt for generation ends in "ASSISTANT:".
-VICUNA_TEMPLATE = (
+_VICUNA_FORMAT = (
     """
 {%- macro text_of(message) -%}
   {%- if message['content'] is string -%}
@@ -26,6 +26,7 @@ VICUNA_TEMPLATE = (
     {{- image_token | default('<image>') -}}
   {%- endfor -%}
 {%- endfor -%}
+{{- TEXT_START -}}
 {%- if messages[0]['role'] == 'system' -%}
   {{- text_of(messages[0]) | trim -}}
 {%- else -%}
@@ -50,6 +51,29 @@ VICUNA_TEMPLATE = (
 {%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}
 """
 )
+VICUNA_TEMPLATE = _VICUNA_FORMAT.replace("{{- TEXT_START -}}\n", "")
+
+
+def vicuna_template(tokenizer) -> str:
+    """The Vicuna v1.5 template whose text behind BOS and pictures is tokenised as if it stood at the start of a text.
+
+    The paper tokenises the text alone and puts BOS and pictures in front of the tokens. Llama tokenizers begin a text
+    with the token of a word behind a space; for those that do not do so behind a special token, the template has the
+    space itself.
+
+    Raises:
+        ValueError: the tokenizer splits the text otherwise, with a space and without.
+    """
+    alone = tokenizer.encode(VICUNA_SYSTEM_PROMPT, add_special_tokens=False)
+    special = tokenizer.bos_token or tokenizer.eos_token
+    for text_start, template in (("", VICUNA_TEMPLATE), (" ", _VICUNA_FORMAT.replace("TEXT_START", "' '"))):
+        if tokenizer.encode(f"{special}{text_start}{VICUNA_SYSTEM_PROMPT}", add_special_tokens=False)[1:] == alone:
+            return template
+    raise ValueError(
+        f"The tokenizer does not split the Vicuna v1.5 prompt behind {special!r} as it splits it alone: it is not the "
+        "tokenizer of a Vicuna or Llama model."
+    )
+
 
 # Most text-only templates add strings to `message['content']`. This prefix turns content lists into strings first: each
 # picture becomes the image token on a line of its own in front of the text.

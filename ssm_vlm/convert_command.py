@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
+from .modeling.convert_paper_vlm import convert_paper_release, is_paper_release
 from .modeling.encoder_conversion import Conversion, convert_published
 
 _STEPS = 4
@@ -35,11 +36,22 @@ def describe(conversion: Conversion, encoder: str | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts one source and says what it was."""
     parser = argparse.ArgumentParser(prog="ssm-vlm convert", description=__doc__.partition(": ")[2])
-    parser.add_argument("source", metavar="SOURCE", help="published file, or folder of a downloaded repository")
+    parser.add_argument("source", metavar="SOURCE", help="published file, folder of a download, or a paper's VLM .tar")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to make")
     parser.add_argument("--encoder", metavar="NAME", help="refuse a source that is not this one of `ssm-vlm encoders`")
+    parser.add_argument(
+        "--encoder-weights", metavar="WEIGHTS", help="of a paper's VLM: its encoder, as published or converted"
+    )
+    parser.add_argument(
+        "--language-model", metavar="DIR", help="of a paper's VLM: folder or Hub id with config and tokenizer"
+    )
     parser.add_argument("--push", metavar="REPO", help="upload the folder to this repository of the Hub")
     arguments = parser.parse_args(argv)
+    is_vlm = is_paper_release(arguments.source)
+    if is_vlm and arguments.encoder:
+        parser.error("--encoder is for encoders; a release of the paper's VLMs says itself which one it has")
+    if not is_vlm and (arguments.encoder_weights or arguments.language_model):
+        parser.error(f"{arguments.source} is no release of the paper's VLMs, only these take --encoder-weights")
     logging.disable_progress_bar()
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
@@ -48,12 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         def progress(step: str) -> None:
             bar.update(task, description=step, advance=1)
 
-        conversion = convert_published(arguments.source, arguments.output, arguments.encoder, progress)
-    print(describe(conversion, arguments.encoder))
+        if is_vlm:
+            parts = {"encoder_weights": arguments.encoder_weights, "language_model": arguments.language_model}
+            folder = convert_paper_release(arguments.source, arguments.output, **parts, progress=progress)
+            description = str(folder)
+        else:
+            conversion = convert_published(arguments.source, arguments.output, arguments.encoder, progress)
+            folder, description = conversion.folder, describe(conversion, arguments.encoder)
+    print(description)
     if arguments.push:
         from .push_command import push_folder
 
-        print(push_folder(conversion.folder, arguments.push))
+        print(push_folder(folder, arguments.push))
     return 0
 
 
