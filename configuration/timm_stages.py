@@ -3,6 +3,9 @@
 Everything here needs timm. The config that comes out is complete: counting tokens with it needs none.
 """
 
+import copy
+import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,8 +90,14 @@ def tapped_timm_config(
         ImportError: timm is not installed.
         ValueError: no such model or tap, or one whose feature maps timm does not offer.
     """
-    architecture = architecture.split(".")[0]
-    whole, arguments = _created_for_any_size(architecture, dict(model_args or {}))
+    return copy.deepcopy(
+        _ask_timm(architecture.split(".")[0], tap, json.dumps(dict(model_args or {})), apply_final_norm)
+    )
+
+
+@functools.cache
+def _ask_timm(architecture: str, tap: str | None, model_args: str, apply_final_norm: bool) -> TappedTimmConfig:
+    whole, arguments = _created_for_any_size(architecture, json.loads(model_args))
     infos = [dict(info) for info in getattr(whole, "feature_info", None) or []]
     if not infos:
         raise ValueError(f"timm offers no feature maps of {architecture!r}, so it cannot be tapped.")
