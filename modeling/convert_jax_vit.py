@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from .checkpoint_layout import CheckpointLayout, StateDict
+from .checkpoint_layout import StateDict
 from .rename_keys import count_indices, need
 
 _FAMILY = "JAX ViT"
@@ -42,12 +42,14 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 
-def _recognises(tensors: Mapping[str, Tensor]) -> bool:
+def recognises_jax(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the keys are Google's, with or without `opt/target/`."""
     plain = _plain(tensors)
     return "embedding/kernel" in plain and any(re.match(_BLOCK, key) for key in plain)
 
 
-def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+def infer_jax(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """Class and config of the whole model, any depth and width; these files do tell the number of heads."""
     plain = _plain(tensors)
     patch, _, channels, width = need(plain, "embedding/kernel", _FAMILY).shape
     positions = need(plain, "Transformer/posembed_input/pos_embedding", _FAMILY).shape[1]
@@ -78,7 +80,8 @@ def _in_torch_order(key: str, tensor: Tensor) -> Tensor:
     return tensor.T
 
 
-def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDict:
+def convert_jax(tensors: Mapping[str, Tensor]) -> StateDict:
+    """Tensors under the names and in the axis order of `ViTForImageClassification`."""
     converted: StateDict = {}
     for key, tensor in _plain(tensors).items():
         if key in _VERBATIM:
@@ -94,7 +97,4 @@ def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDi
     return converted
 
 
-JAX_VIT_LAYOUT = CheckpointLayout(_recognises, _infer, _convert)
-"""`.npz` files of google-research/vision_transformer, keys with or without `opt/target/`, any depth and width."""
-
-__all__ = ["JAX_VIT_LAYOUT"]
+__all__ = ["convert_jax", "infer_jax", "recognises_jax"]

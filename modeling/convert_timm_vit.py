@@ -1,6 +1,6 @@
-"""Checkpoints of timm's `VisionTransformer` (AugReg, DeiT, DeiT-III) and of the DeiT releases -> Transformers' ViT.
+"""Checkpoints of timm's `VisionTransformer` (AugReg, DeiT, DeiT-III), of the DeiT releases and Google's -> stock ViT.
 
-The files do not say how many heads there are: every published ViT and DeiT has heads of 64 channels, and so has the
+PyTorch files do not say how many heads there are: every published ViT and DeiT has heads of 64 channels, and so has the
 converted model. Where 64 does not divide the width (toy models) heads of 16 channels are taken, with a warning.
 """
 
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from .checkpoint_layout import CheckpointLayout, StateDict
+from .convert_jax_vit import convert_jax, infer_jax, recognises_jax
 from .rename_keys import count_indices, need, rename_keys
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ def heads_of(width: int, family: str) -> int:
 
 
 def _recognises(tensors: Mapping[str, Tensor]) -> bool:
+    if recognises_jax(tensors):
+        return True
     another = ("spm.", "interactions.", "decoder_", "net.")
     return (
         "patch_embed.proj.weight" in tensors
@@ -71,6 +74,8 @@ def _recognises(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    if recognises_jax(tensors):
+        return infer_jax(tensors)
     width, channels, patch, _ = need(tensors, "patch_embed.proj.weight", _FAMILY).shape
     positions = need(tensors, "pos_embed", _FAMILY).shape[1]
     distilled = "dist_token" in tensors
@@ -114,6 +119,8 @@ def _without_layer_scale(tensors: Mapping[str, Tensor]) -> StateDict:
 
 
 def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDict:
+    if recognises_jax(tensors):
+        return convert_jax(tensors)
     prefix = config.model_type
     folded = _without_layer_scale(tensors)
     position = folded.get("pos_embed")
@@ -127,7 +134,8 @@ def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDi
 
 
 TIMM_VIT_LAYOUT = CheckpointLayout(_recognises, _infer, _convert)
-"""Files of timm's ViT and DeiT and of the DeiT repository, any depth, width, patch and picture size, with or without
-classifier, `ls1.gamma` or `gamma_1` (LayerScale), position of the CLS token, and distillation token."""
+"""Files of timm's ViT and DeiT, of the DeiT repository and of google-research/vision_transformer: any depth, width, patch
+and picture size, with or without classifier, LayerScale (`ls1.gamma` or `gamma_1`), position of the CLS token, and
+distillation token."""
 
 __all__ = ["TIMM_VIT_LAYOUT", "heads_of"]

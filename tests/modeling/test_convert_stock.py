@@ -14,7 +14,6 @@ from transformers import AutoModelForImageClassification, DeiTForImageClassifica
 
 from ssm_vlm.configuration.taps import tapped_config
 from ssm_vlm.modeling.convert_convnext import CONVNEXT_LAYOUT
-from ssm_vlm.modeling.convert_jax_vit import JAX_VIT_LAYOUT
 from ssm_vlm.modeling.convert_swin import SWIN_LAYOUT
 from ssm_vlm.modeling.convert_timm_vit import TIMM_VIT_LAYOUT
 from ssm_vlm.modeling.encoder_loading import tap_whole
@@ -46,8 +45,8 @@ def convert(layout, tensors):
     return model_class, config, layout.convert(kept, config)
 
 
-def whole(case, tensors=None, layout=None):
-    model_class, config, converted = convert(layout or CASES[case], weights_of(case) if tensors is None else tensors)
+def whole(case, tensors=None):
+    model_class, config, converted = convert(CASES[case], weights_of(case) if tensors is None else tensors)
     model = model_class(config).eval()
     model.load_state_dict(converted)  # strict
     return model
@@ -206,7 +205,7 @@ def test_a_swin_without_shifted_windows_is_told_from_the_model():
 def test_jax_file_becomes_the_same_model_as_timms(nested):
     arrays = {("opt/target/" if nested else "") + k: v for k, v in np.load(FIXTURES / "vit_jax.npz").items()}
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    model = whole("vit_timm", tensors, JAX_VIT_LAYOUT)
+    model = whole("vit_timm", tensors)
     for key, tensor in whole("vit_timm").state_dict().items():
         assert torch.equal(model.state_dict()[key], tensor), key
     assert model.config.num_attention_heads == 2  # this file does tell
@@ -276,7 +275,7 @@ def test_exactly_one_layout_recognises_it(case):
 
 def test_exactly_one_layout_recognises_jax():
     tensors = {key: torch.from_numpy(array) for key, array in np.load(FIXTURES / "vit_jax.npz").items()}
-    assert [name for name, layout in LAYOUTS.items() if layout.recognises(tensors)] == ["jax_vit"]
+    assert [name for name, layout in LAYOUTS.items() if layout.recognises(tensors)] == ["timm_vit"]
 
 
 @pytest.mark.parametrize(
