@@ -16,9 +16,11 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 PACKAGE = __name__.split(".")[0]
 _NOT_IN_NAMES = {PACKAGE, "configuration", "modeling", "ops"}
+_SAVED_AS = {CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME}
 _FOUND_THROUGH: dict[type, Mapping[str, type]] = {}  # what `save_with_code` was told
 _LOOKS_LIKE_IMPORT = re.compile(r"^\s*(?:from\s+\.\S+\s+import|import\s+\.)", re.MULTILINE)
 
@@ -94,15 +96,17 @@ def save_with_code(saved: type[PreTrainedConfig | BaseImageProcessor | Processor
 
     @functools.wraps(to_json_file)
     def to_json_file_with_code(self, json_file_path, *args, **kwargs):
-        parts = [getattr(self, name) for name in self.get_attributes()] if isinstance(self, ProcessorMixin) else []
-        modules = set()
-        for part in (self, *parts):
+        path, modules = Path(json_file_path), set()
+        parts = [self] if path.name in _SAVED_AS else []  # no Auto class reads JSON files of other names
+        if parts and isinstance(self, ProcessorMixin):
+            parts += [getattr(self, name) for name in self.get_attributes()]
+        for part in parts:
             found = _FOUND_THROUGH.get(type(part), {})  # not for a class that others derive, whose code this is not
             modules |= {each.__module__ for each in found.values()}
             if found:
                 part.auto_map = {auto: f"{flat_name(each.__module__)}.{each.__name__}" for auto, each in found.items()}
         for name, text in flat_files(*modules).items():
-            (Path(json_file_path).parent / name).write_text(text, encoding="utf-8")
+            path.with_name(name).write_text(text, encoding="utf-8")
         to_json_file(self, json_file_path, *args, **kwargs)
         if isinstance(self, ProcessorMixin):
             vars(self).pop("auto_map", None)  # Transformers reads a processor without it

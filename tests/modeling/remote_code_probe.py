@@ -2,7 +2,8 @@
 
 FOLDER holds `cases.json` (name of a case -> its Auto class), and for each case a saved model `NAME/model`, which lies
 also where a download of `toys/NAME` would, and what it gives, `NAME/expected.pt`: keyword arguments, tensors of its
-output, and for a complete VLM a conversation, its tokens and the generated ones. This file imports neither the library
+output, where there is preprocessing a picture and its pixels, and of a complete VLM a conversation, its tokens and the
+generated ones. This file imports neither the library
 nor its tests.
 """
 
@@ -58,26 +59,29 @@ def load(auto_class: str, source: Path | str):
     return transformers.AutoBackbone._model_mapping[type(config)].from_pretrained(source)
 
 
-def check_outputs(model, expected: dict) -> None:
+def check(source: Path | str, model, expected: dict, home: str) -> None:
+    """Model, preprocessing and, of a complete VLM, the whole path from a picture and words to tokens, bit by bit."""
+    assert type(model).__module__.startswith(home) and type(model.config).__module__.startswith(home), type(model)
     with torch.no_grad():
         found = tensors(model(**expected["inputs"]))
     assert len(found) == len(expected["outputs"]), "another number of outputs"
     assert all(map(torch.equal, found, expected["outputs"])), "outputs are not bit-equal"
-
-
-def check_answer(source: Path | str, model, expected: dict, home: str) -> None:
-    """The complete path from a picture and words to tokens."""
-    processor = transformers.AutoProcessor.from_pretrained(source, **TRUST)
-    images = transformers.AutoImageProcessor.from_pretrained(source, **TRUST)
-    for part in (processor, processor.image_processor, images):
-        assert type(part).__module__.startswith(home), type(part)
-    inputs = processor.apply_chat_template(
-        expected["conversation"], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    )
-    assert torch.equal(inputs["input_ids"], expected["prompt"]), "another prompt"
-    answer = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    assert torch.equal(answer, expected["answer"]), "another answer"
-    assert model.generation_config.suppress_tokens == expected["suppressed"]
+    if "pixels" in expected:
+        images = transformers.AutoImageProcessor.from_pretrained(source, **TRUST)
+        assert type(images).__module__.startswith(home), type(images)
+        found = images(expected["picture"], return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, expected["pixels"]), "other pixels"
+    if "conversation" in expected:
+        processor = transformers.AutoProcessor.from_pretrained(source, **TRUST)
+        for part in (processor, processor.image_processor):
+            assert type(part).__module__.startswith(home), type(part)
+        inputs = processor.apply_chat_template(
+            expected["conversation"], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        assert torch.equal(inputs["input_ids"], expected["prompt"]), "another prompt"
+        answer = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert torch.equal(answer, expected["answer"]), "another answer"
+        assert model.generation_config.suppress_tokens == expected["suppressed"]
 
 
 def code_files(folder: Path) -> dict[str, str]:
@@ -90,14 +94,12 @@ def absent(name: str, auto_class: str) -> None:
     expected = torch.load(FOLDER / name / "expected.pt", weights_only=False)
     for source in (f"toys/{name}", folder, again):
         model = load(auto_class, source)
-        assert type(model).__module__.startswith("transformers_modules."), type(model)
-        check_outputs(model, expected)
-        if "conversation" in expected:
-            check_answer(source, model, expected, "transformers_modules.")
+        check(source, model, expected, "transformers_modules.")
         if source == folder:
             model.save_pretrained(again, max_shard_size="5KB")
-            if "conversation" in expected:
-                transformers.AutoProcessor.from_pretrained(folder, **TRUST).save_pretrained(again)
+            if "pixels" in expected:
+                part = transformers.AutoProcessor if "conversation" in expected else transformers.AutoImageProcessor
+                part.from_pretrained(folder, **TRUST).save_pretrained(again)
             assert code_files(again) == code_files(folder), "saving again changed the code"
     assert "ssm_vlm" not in sys.modules
 
@@ -105,34 +107,32 @@ def absent(name: str, auto_class: str) -> None:
 def beside_before(name: str, auto_class: str):
     """Remote code first: the library is there, but was not imported."""
     assert "ssm_vlm" not in sys.modules
+    folder = FOLDER / name / "model"
     expected = torch.load(FOLDER / name / "expected.pt", weights_only=False)
-    model = load(auto_class, FOLDER / name / "model")
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    check_outputs(model, expected)
+    model = load(auto_class, folder)
+    check(folder, model, expected, "transformers_modules.")
     return model, expected
 
 
 def beside_after(name: str, auto_class: str, remote, expected: dict) -> None:
     """Then the library: both give the same, neither takes the other's classes, and each loads what the other saved."""
-    folder = FOLDER / name / "model"
-    TRUST["trust_remote_code"] = None  # asks where code would have to be trusted; there is nobody to answer
-    model = load(auto_class, folder)
-    assert type(model).__module__.startswith("ssm_vlm."), type(model)
-    assert type(model.config).__module__.startswith("ssm_vlm."), type(model.config)
-    check_outputs(model, expected)
-    check_outputs(remote, expected)
-    if "conversation" in expected:
-        check_answer(folder, model, expected, "ssm_vlm.")
-    TRUST["trust_remote_code"] = True  # the library's own classes still come first
-    assert type(load(auto_class, folder)) is type(model)
-    reference = model.config.auto_map[auto_class]
-    fresh = get_class_from_dynamic_module(reference, folder).from_pretrained(folder)
-    owners = {type(part).__module__.split(".")[0] for part in fresh.modules()}
-    assert "transformers_modules" in owners and "ssm_vlm" not in owners, owners
-    assert "transformers_modules" not in {type(part).__module__.split(".")[0] for part in model.modules()}
-    check_outputs(fresh, expected)
-    remote.save_pretrained(FOLDER / name / "by_remote")
-    check_outputs(load(auto_class, FOLDER / name / "by_remote"), expected)
+    folder, again = FOLDER / name / "model", FOLDER / name / "by_remote"
+    for trust in (None, True):  # None asks where code would have to be trusted, and there is nobody to answer
+        TRUST["trust_remote_code"] = trust
+        model = load(auto_class, folder)
+        check(folder, model, expected, "ssm_vlm.")
+    fresh = get_class_from_dynamic_module(model.config.auto_map[auto_class], folder).from_pretrained(folder)
+    for one, home, other in ((fresh, "transformers_modules", "ssm_vlm"), (model, "ssm_vlm", "transformers_modules")):
+        owners = {type(part).__module__.split(".")[0] for part in one.modules()}
+        assert home in owners and other not in owners, owners
+    remote.save_pretrained(again)
+    outputs = {key: expected[key] for key in ("inputs", "outputs")}
+    for one, home in (
+        (remote, "transformers_modules."),
+        (fresh, "transformers_modules."),
+        (load(auto_class, again), "ssm_vlm."),
+    ):
+        check(folder, one, outputs, home)
 
 
 def caught(findings: dict, name: str, check, *arguments):

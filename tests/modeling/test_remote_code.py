@@ -240,6 +240,11 @@ def test_classes_derived_elsewhere_get_no_code(tmp_path):
     assert not code_in(tmp_path) and "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
+def test_a_json_file_alone_is_a_json_file_alone(tmp_path):
+    CONFIGS[ssm_vlm.SSMVisionConfig]().to_json_file(tmp_path / "of_mine.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["of_mine.json"]
+
+
 def test_a_trainer_saves_the_code(tmp_path):
     model = TOYS["SSMVisionForImageClassification"].build()
     arguments = TrainingArguments(output_dir=tmp_path, report_to=[], use_cpu=True)
@@ -342,9 +347,12 @@ def saved(tmp_path_factory):
         model.save_pretrained(folder / "model", max_shard_size="5KB")
         assert list((folder / "model").glob("model-00001-of-*.safetensors"))
         expected = {"inputs": inputs_of(model), "outputs": outputs_of(model)}
+        picture = conversation()[0]["content"][0]["image"]
+        images = None
         if toy.model_class is VLM:
             complete = processor(model.config)
             complete.save_pretrained(folder / "model")
+            images = complete.image_processor
             inputs = complete.apply_chat_template(
                 conversation(), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
             )
@@ -354,6 +362,11 @@ def saved(tmp_path_factory):
                 "answer": model.generate(**inputs, max_new_tokens=6, do_sample=False),
                 "suppressed": model.generation_config.suppress_tokens,
             }
+        elif "Classification" in name:  # as a converted encoder, with its own preprocessing
+            images = ssm_vlm.LlavaStyleImageProcessor(geometry="resize_crop", size=24, crop_pct=0.9)
+            images.save_pretrained(folder / "model")
+        if images is not None:
+            expected |= {"picture": picture, "pixels": images(picture, return_tensors="pt")["pixel_values"]}
         torch.save(expected, folder / "expected.pt")
         as_on_the_hub(folder / "model", root / "hub", folders[name])
     (root / "cases.json").write_text(json.dumps({folder: TOYS[name].auto_class for name, folder in folders.items()}))
