@@ -24,6 +24,7 @@ from transformers import (
 
 from ..configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
 from ..configuration.taps import tapped_config, vision_part
+from ..configuration.timm_stages import tapped_timm_config
 from .checkpoint_layout import StateDict
 from .checkpoint_report import check_same_architecture, report_misfit
 from .published_weights import PublishedWeights, on_meta, read_published
@@ -36,6 +37,9 @@ last stage that a Swin has: behind another one when its later stages are cut, wh
 
 _PART_PREFIX = r"^(?:model\.)?(?:vision_tower|vision_model|vision_encoder|backbone)\.(?:vision_model\.)?"
 """Under what names models that contain a vision model keep it (LLaVA, CLIP, AIMv2, UPerNet, ...)."""
+
+_TIMM = "timm/"
+"""Owner of timm's repositories on the Hub."""
 
 
 def load_encoder(
@@ -75,6 +79,8 @@ def load_encoder(
         get_named_encoder(name)  # raises, naming the nearest
     if pretrained:
         return _load_saved(name, tap)
+    if name.startswith(_TIMM) and not path.is_dir():  # timm knows its models without the Hub
+        return AutoBackbone.from_config(tapped_timm_config(name.removeprefix(_TIMM), tap)).eval()
     return AutoBackbone.from_config(_tapped_as_saved(_saved_config(name), tap)).eval()
 
 

@@ -55,7 +55,20 @@ def encoder_image_processor(name_or_dir: str | PathLike, config: PreTrainedConfi
     return LlavaStyleImageProcessor(**_arguments_of_stock(saved.to_dict(), str(name_or_dir)), downsampling=downsampling)
 
 
+def _arguments_of_timm(data: dict[str, Any]) -> dict[str, Any]:
+    _, height, width = data["input_size"]
+    return {
+        "geometry": "letterbox" if height == width else "letterbox_corner",
+        "size": {"height": height, "width": width},
+        "image_mean": list(data["mean"]),
+        "image_std": list(data["std"]),
+        "resample": PILImageResampling[data["interpolation"].upper()],
+    }
+
+
 def _arguments_of_stock(stock: dict[str, Any], where: str) -> dict[str, Any]:
+    if "data_config" in stock:
+        return _arguments_of_timm(stock["data_config"])
     side = stock.get("crop_size") if stock.get("do_center_crop") else None
     side = side or stock.get("size") or {}
     side = {"height": side, "width": side} if isinstance(side, int) else dict(side)
