@@ -60,19 +60,18 @@ def vicuna_template(tokenizer) -> str:
     The paper tokenises the text alone and puts BOS and pictures in front of the tokens. Llama tokenizers begin a text
     with the token of a word behind a space; for those that do not do so behind a special token, the template has the
     space itself.
-
-    Raises:
-        ValueError: the tokenizer splits the text otherwise, with a space and without.
     """
-    alone = tokenizer.encode(VICUNA_SYSTEM_PROMPT, add_special_tokens=False)
-    special = tokenizer.bos_token or tokenizer.eos_token
-    for text_start, template in (("", VICUNA_TEMPLATE), (" ", _VICUNA_FORMAT.replace("TEXT_START", "' '"))):
-        if tokenizer.encode(f"{special}{text_start}{VICUNA_SYSTEM_PROMPT}", add_special_tokens=False)[1:] == alone:
-            return template
-    raise ValueError(
-        f"The tokenizer does not split the Vicuna v1.5 prompt behind {special!r} as it splits it alone: it is not the "
-        "tokenizer of a Vicuna or Llama model."
+    special = tokenizer.bos_token or tokenizer.eos_token or ""
+    alone, behind, behind_space = (
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in (
+            VICUNA_SYSTEM_PROMPT,
+            f"{special}{VICUNA_SYSTEM_PROMPT}",
+            f"{special} {VICUNA_SYSTEM_PROMPT}",
+        )
     )
+    needs_space = behind[1:] != alone and behind_space[1:] == alone
+    return _VICUNA_FORMAT.replace("TEXT_START", "' '") if needs_space else VICUNA_TEMPLATE
 
 
 # Most text-only templates add strings to `message['content']`. This prefix turns content lists into strings first: each

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .chat_templates import VICUNA_TEMPLATE, with_images
+from .chat_templates import vicuna_template, with_images
 from .token_grid import num_image_tokens
 
 
@@ -31,7 +31,7 @@ class LlavaStyleProcessor(ProcessorMixin):
                 f"tokenizer.add_tokens([{self.image_token!r}], special_tokens=True) and resize the model's embeddings."
             )
         variables = {**tokenizer.special_tokens_map, "image_token": self.image_token}
-        chat_template = chat_template or tokenizer.chat_template or VICUNA_TEMPLATE
+        chat_template = chat_template or tokenizer.chat_template or vicuna_template(tokenizer)
         if isinstance(chat_template, dict):  # several by name
             chat_template = {**chat_template, "default": with_images(chat_template["default"], **variables)}
         else:

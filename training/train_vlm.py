@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, set_seed
 
-from ..modeling.chat_templates import VICUNA_TEMPLATE
+from ..modeling.chat_templates import vicuna_template
 from ..modeling.connectors import connector_downsampling
 from ..modeling.encoder_loading import load_encoder
 from ..modeling.encoder_preprocessing import encoder_image_processor
@@ -31,7 +31,7 @@ from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, requi
 from .trainer import ControlledTrainer, train_and_save
 
 IMAGE_TOKEN = "<image>"
-CHAT_TEMPLATES = {"vicuna": VICUNA_TEMPLATE, "own": None}
+CHAT_TEMPLATES = {"vicuna": vicuna_template, "own": lambda tokenizer: None}
 
 
 @dataclass
@@ -122,7 +122,9 @@ def build_processor(
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return LlavaStyleProcessor(
-        LlavaStyleImageProcessor(**settings), tokenizer, chat_template=CHAT_TEMPLATES[model_args.chat_template]
+        LlavaStyleImageProcessor(**settings),
+        tokenizer,
+        chat_template=CHAT_TEMPLATES[model_args.chat_template](tokenizer),
     )
 
 

@@ -24,6 +24,7 @@ from transformers import (
 
 from ssm_vlm import (
     LlavaStyleForConditionalGeneration,
+    LlavaStyleImageProcessor,
     LlavaStyleProcessor,
     SSMVisionForImageClassification,
     encoder_downsampling,
@@ -698,3 +699,17 @@ def test_weights_are_in_memory_at_most_once(toys, llm_folders, tmp_path):
         watcher.join()
     print(f"{size / 1e6:.0f} MB of weights, {(peak[0] - before) / 1e6:.0f} MB of memory")
     assert peak[0] - before <= 1.1 * size + 50e6
+
+
+@pytest.mark.parametrize("scheme", ["first", "legacy"])
+def test_a_processor_without_a_template_of_its_own_reads_as_the_paper(scheme):
+    """Also what a recipe with `chat_template: vicuna` trains on."""
+    tokenizer = make_tokenizer(scheme)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    processor = LlavaStyleProcessor(LlavaStyleImageProcessor(geometry="letterbox", size=16), tokenizer)
+    alone = tokenizer(paper_prompt("Which digit?")).input_ids
+    for content in ([{"type": "image", "image": Image.new("RGB", (16, 16))}], []):
+        message = {"role": "user", "content": [*content, {"type": "text", "text": "Which digit?"}]}
+        inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, add_generation_prompt=True)
+        ids = [token for token in inputs["input_ids"][0] if token != processor.image_token_id]
+        assert ids == alone
