@@ -19,7 +19,7 @@ def test_every_entry_is_whole(name):
     encoder = get_named_encoder(name)
     config, preprocessing = encoder.config(), encoder.preprocessing
     assert encoder.name == name and re.fullmatch(r"[a-z0-9_]+\.[a-z0-9_]+", name)
-    assert config.out_features == config.stage_names[-1:] or config.model_type in ("ssm_vision", "tapped_timm")
+    assert config.out_features == config.stage_names[-1:] or config.model_type in ("ssm_vision", "mambavision", "tapped_timm")
     assert num_image_tokens(preprocessing.height, preprocessing.width, encoder_downsampling(config)) > 0
     assert make_geometry(preprocessing.geometry, 480, 640, (preprocessing.height, preprocessing.width))
     assert preprocessing.interpolation in ("bicubic", "bilinear", "nearest")

@@ -33,6 +33,7 @@ def shrink_mambavision(config):
     config.stem_width, config.hidden_sizes, config.depths = 4, WIDTHS, [1, 1, 3, 2]
     config.num_attention_heads, config.window_sizes = [2, 4], [3, 2]
     config.layer_scale = config.layer_scale and 0.5
+    config.image_size = 64
 
 
 def shrink_plain(config):
