@@ -13,6 +13,8 @@ from transformers import AutoBackbone, AutoModel, UperNetConfig, UperNetForSeman
 
 from ssm_vlm.configuration.configuration_vit_adapter import VitAdapterConfig
 from ssm_vlm.modeling.convert_vit_adapter import VIT_ADAPTER_LAYOUT
+from ssm_vlm.modeling.encoder_conversion import convert_published
+from ssm_vlm.modeling.encoder_loading import load_encoder
 from ssm_vlm.modeling.modeling_vit_adapter import VitAdapterBackbone
 from ssm_vlm.modeling.token_grid import encoder_downsampling, grid_size
 
@@ -540,6 +542,48 @@ def test_gradient_checkpointing_changes_nothing():
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.fixture
+def segmenter_file(tmp_path):
+    """A segmenter as mmseg saves it."""
+    tensors = {key: t.float() if t.is_floating_point() else t for key, t in published(mmseg_weights()).items()}
+    path = tmp_path / "upernet.pth.tar"
+    torch.save({"meta": {"epoch": 1}, "state_dict": tensors}, path)
+    return path
+
+
+def test_from_a_published_file_to_a_folder(segmenter_file, tmp_path):
+    """Read, converted, saved, and loaded whole and at every level."""
+    conversion = convert_published(segmenter_file, tmp_path / "whole")
+    assert conversion.layout == "vit_adapter" and conversion.discarded == ["decode_head.conv_seg.weight"]
+    pixels = pictures((64, 96)).float()
+    with torch.no_grad():
+        expected = converted(published(mmseg_weights()))(pixels).feature_maps
+        whole, info = VitAdapterBackbone.from_pretrained(tmp_path / "whole", output_loading_info=True)
+        assert not any(info.values())
+        for ours, reference in zip(whole.eval()(pixels).feature_maps, expected, strict=True):
+            assert torch.equal(ours, reference)
+        for tap, reference in zip(LEVELS, expected, strict=True):
+            tapped = load_encoder(tmp_path / "whole", tap=tap)
+            assert list(tapped.norms) == [tap] and torch.allclose(tapped(pixels).feature_maps[-1], reference, atol=1e-5)
+
+
+def test_another_file_than_the_named_one_is_refused(segmenter_file, tmp_path):
+    with pytest.raises(ValueError, match="another shape for|of another architecture|lacks"):
+        convert_published(segmenter_file, tmp_path / "whole", "vit_adapter_small.deit_ade20k_upernet_512")
+    tensors = torch.load(segmenter_file)["state_dict"]
+    for change, words in (
+        ({"backbone.cls_token": torch.zeros(1, 1, WIDTH)}, "has undeclared backbone.cls_token"),
+        ({"backbone.blocks.1.mlp.fc2.bias": torch.zeros(5)}, r"fc2.bias \(5,\) instead of \(32,\)"),
+    ):
+        torch.save({"state_dict": tensors | change}, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=words):
+            convert_published(tmp_path / "other.pth", tmp_path / "whole")
+    torch.save({"state_dict": {k: t for k, t in tensors.items() if k != "backbone.norm2.bias"}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="lacks norms.stage2.bias"):
+        convert_published(tmp_path / "other.pth", tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import torch
 from definition_pieces import cubic, gelu, layer_norm, linear, relative_error, resize_matrix, resized
 from transformers import AutoBackbone, AutoModel, VitDetBackbone
 
-from ssm_vlm.modeling.array_pickle import read_array_pickle
 from ssm_vlm.modeling.convert_vitdet import VITDET_LAYOUT
+from ssm_vlm.modeling.encoder_conversion import convert_published
+from ssm_vlm.modeling.encoder_loading import load_encoder
 from ssm_vlm.modeling.token_grid import encoder_downsampling, grid_size
 
 WIDTH, HEADS, DEPTH, PATCH, WINDOW, GRID, PRETRAINED = 12, 2, 4, 4, 3, 6, 4
@@ -274,21 +275,50 @@ def test_the_detector_is_discarded_and_nothing_else():
     assert not discarded("backbone.net.norm.weight") and not discarded("backbone.bottom_up.stem.weight")
 
 
-def test_from_a_zoo_file_to_a_folder(tmp_path):
-    """The pickle of the zoo, read, converted, saved, and loaded by Transformers' own classes."""
+@pytest.fixture
+def zoo_file(tmp_path):
+    """A detector as the model zoo pickles it."""
     arrays = {key: tensor.numpy() for key, tensor in published(detectron2_weights(torch.float32)).items()}
-    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2"}))
-    tensors = {k: torch.from_numpy(a.copy()) for k, a in read_array_pickle(tmp_path / "model_final.pkl").items()}
-    model_class, config = VITDET_LAYOUT.infer(tensors)
-    backbone = model_class(config).eval()
-    backbone.load_state_dict(VITDET_LAYOUT.convert(tensors, config))
-    backbone.save_pretrained(tmp_path / "saved")
+    arrays |= {key: np.zeros(1, np.float32) for key in DETECTOR}
+    path = tmp_path / "model_final_61ccd1.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+    return path
+
+
+def test_from_a_zoo_file_to_a_folder(zoo_file, tmp_path):
+    """Read, converted, saved, and loaded whole and tapped, by Transformers' own classes and by this library."""
+    conversion = convert_published(zoo_file, tmp_path / "whole")
+    assert conversion.layout == "vitdet" and sorted(conversion.discarded) == sorted(DETECTOR)
+    backbone = converted_backbone(detectron2_weights(torch.float32))
     pixels = pictures((24, 40)).float()
     with torch.no_grad():
-        expected = backbone(pixels).feature_maps[-1]
-        again, info = VitDetBackbone.from_pretrained(tmp_path / "saved", output_loading_info=True)
-        assert not any(info.values()) and torch.equal(again.eval()(pixels).feature_maps[-1], expected)
-        assert torch.equal(AutoModel.from_pretrained(tmp_path / "saved").eval()(pixels).last_hidden_state, expected)
+        outputs = backbone(pixels, output_hidden_states=True)
+        again, info = VitDetBackbone.from_pretrained(tmp_path / "whole", output_loading_info=True)
+        assert not any(info.values()) and torch.equal(again.eval()(pixels).feature_maps[-1], outputs.feature_maps[-1])
+        model = AutoModel.from_pretrained(tmp_path / "whole").eval()
+        assert torch.equal(model(pixels).last_hidden_state, outputs.feature_maps[-1])
+        for block in range(1, DEPTH + 1):
+            tapped = load_encoder(tmp_path / "whole", tap=f"block{block}")
+            assert len(tapped.encoder.layer) == block
+            assert torch.equal(tapped(pixels).feature_maps[-1], outputs.hidden_states[block])
+        assert len(load_encoder(tmp_path / "whole").encoder.layer) == DEPTH
+
+
+def test_another_file_than_the_named_one_is_refused(zoo_file, tmp_path):
+    with pytest.raises(ValueError, match="its SHA-256 is"):
+        convert_published(zoo_file, tmp_path / "whole", "vitdet_base_patch16.coco_maskrcnn_1024")
+    tensors = published(detectron2_weights(torch.float32))
+    for change, words in (
+        ({"backbone.net.norm.weight": torch.zeros(1)}, "has undeclared backbone.net.norm.weight"),
+        ({"backbone.net.blocks.1.mlp.fc2.bias": torch.zeros(5)}, r"fc2.bias \(5,\) instead of \(12,\)"),
+    ):
+        torch.save({"model": tensors | change}, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=words):
+            convert_published(tmp_path / "other.pth", tmp_path / "whole")
+    torch.save({"model": tensors}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="'vit_adapter'|layout 'vitdet', not in"):
+        convert_published(tmp_path / "other.pth", tmp_path / "whole", "vit_adapter_small.deit_ade20k_upernet_512")
+    assert not (tmp_path / "whole").exists()
 
 
 def test_nothing_is_allocated_after_the_last_block():
