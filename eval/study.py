@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 from rich.console import Console
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration.named_encoders import get_named_encoder
+from ..modeling.connectors import model_downsampling
 from ..modeling.model_card import write_card
-from ..modeling.token_grid import encoder_downsampling, num_image_tokens
+from ..modeling.token_grid import num_image_tokens
 from ..training.digit_scenes import DigitScenesConfig, write_digit_scenes
 from ..training.recipe import RunArguments, RunDirectory, parse_recipe, run_script
 from ..training.train_encoder import EncoderArguments
@@ -130,7 +131,7 @@ def run_study(study: StudyArguments) -> list[StudyRow]:
                 name,
                 parameters=cost.parameters,
                 flops=cost.flops,
-                tokens=num_image_tokens(*size, encoder_downsampling(entry.config())),
+                tokens=num_image_tokens(*size, model_downsampling(AutoConfig.from_pretrained(vlms[name].path))),
                 accuracy=encoder_runs[name].summary["accuracy"],
                 result=result,
                 seconds=sum(steps.seconds[f"{step} {name}"] for step in ("encoder", "vlm", "evaluation")),

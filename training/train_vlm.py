@@ -142,17 +142,17 @@ def build_model(
     model_args: ModelArguments,
 ) -> tuple[LlavaStyleForConditionalGeneration, LlavaStyleProcessor]:
     """The model, its parts loaded and its frozen parts frozen, and its processor."""
+    connector_options = {
+        "connector_grid": model_args.connector_grid,
+        "connector_factor": model_args.connector_factor,
+    }
+    fewer_tokens = connector_downsampling(model_args.connector, **connector_options)
     encoder = load_encoder(
         model_args.vision_encoder,
         tap=model_args.vision_tap,
         weights_dir=model_args.vision_weights_dir,
         pretrained=model_args.vision_pretrained,
     )
-    connector_options = {
-        "connector_grid": model_args.connector_grid,
-        "connector_factor": model_args.connector_factor,
-    }
-    fewer_tokens = connector_downsampling(model_args.connector, **connector_options)
     processor = build_processor(model_args, encoder.config, fewer_tokens)
     with _named("language_model", model_args.language_model):
         language_model = AutoModelForCausalLM.from_pretrained(model_args.language_model, dtype=torch.float32)

@@ -43,6 +43,7 @@ def test_a_recipe_names_it(keys, step, tokens, vlm_options, scenes, tmp_path):
         assert model.generate(**inputs, max_new_tokens=2).shape[1] <= inputs["input_ids"].shape[1] + 2
 
 
-def test_an_option_of_another_connector_is_refused(vlm_options, tmp_path):
+def test_an_option_of_another_connector_is_refused_before_anything_is_loaded(vlm_options, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssm_vlm.training.train_vlm.load_encoder", None)
     with pytest.raises(ValueError, match="connector_factor=2 is not read by connector='mlp2', only by pixel_shuffle"):
         train_vlm(vlm_options(tmp_path, connector_factor=2))
