@@ -37,7 +37,8 @@ class WeightSource:
             model that is in Transformers' own format already.
         hub_id: Hugging Face repository that holds them as safetensors.
         url: a release file, to be downloaded by hand and given to `ssm-vlm convert`.
-        sha256: checksum of that file in hexadecimal, where it is known; a file that has another is refused.
+        sha256: checksum of that file in hexadecimal, or its beginning, where it is known; a file that has another is
+            refused.
     """
 
     layout: str

@@ -124,7 +124,6 @@ def write_whole(folder: Path, save: Callable[[Path], None]) -> None:
 
 
 def check_target(folder: Path) -> None:
-    """Raises ValueError where a new folder would take the place of something that no conversion made."""
     """Raises ValueError where a conversion would replace what no conversion made."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / ORIGIN_FILE).is_file():
         raise ValueError(f"The folder {str(folder)!r} holds files that no conversion made: give a new one.")

@@ -90,12 +90,7 @@ def read_named(encoder: NamedEncoder, source: str | PathLike) -> PublishedWeight
     Raises:
         ValueError: naming what differs.
     """
-    config = encoder.config()
-    stock_config = config.vision_config if config.model_type == "hidden_state_backbone" else None
-    weights = encoder.weights
-    published = read_published(
-        source, weights.layout, stock_config=stock_config, named_config=config, sha256=weights.sha256
-    )
+    published = read_published(source, encoder)
     hold_to_named(encoder, published.tensors, published.model_class, published.config, str(source))
     return published
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .checkpoint_layout import CheckpointLayout
+from .checkpoint_report import listed
 from .convert_convnext import CONVNEXT_LAYOUT
 from .convert_mambavision import MAMBAVISION_LAYOUT
 from .convert_swin import SWIN_LAYOUT
@@ -40,9 +41,8 @@ def recognise_layout(tensors: Mapping[str, Tensor], where: str) -> str:
     for name, layout in LAYOUTS.items():
         if layout.recognises(tensors):
             return name
-    shown = ", ".join(sorted(tensors)[:3])
     raise ValueError(
-        f"{where} holds {len(tensors)} tensors ({shown}, ...) in none of the layouts that are known: "
+        f"{where} holds {len(tensors)} tensors ({listed(tensors, most=3)}) in none of the layouts that are known: "
         f"{', '.join(LAYOUTS)}."
     )
 

@@ -9,6 +9,7 @@ from os import PathLike
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..configuration.encoder_entry import NamedEncoder
 from .checkpoint_files import read_state_dict
 from .checkpoint_layout import StateDict
 from .checkpoint_report import check_fit
@@ -46,53 +47,48 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
         return model_class(config)
 
 
-def read_published(
-    source: str | PathLike,
-    layout: str | None = None,
-    *,
-    stock_config: PreTrainedConfig | None = None,
-    named_config: PreTrainedConfig | None = None,
-    sha256: str | None = None,
-) -> PublishedWeights:
+def read_published(source: str | PathLike, encoder: NamedEncoder | None = None) -> PublishedWeights:
     """Reads a published file strictly: each of its keys is loaded or stands on its layout's list of discards.
 
     Args:
         source: the file, or a folder with one.
-        layout: name in `LAYOUTS`; recognised where not given.
-        stock_config: config of the whole model without its head, where the table knows it: it replaces what the layout
-            reads off the shapes, and so also decides what no shape shows.
-        named_config: config of the encoder that the file is said to hold: it decides the layout's `unseen` fields.
-        sha256: checksum that the file must have.
+        encoder: what the file is said to hold: gives the layout, the checksum, and what no shape shows.
 
     Raises:
         OSError: the file is not there.
         ValueError: it is damaged or of another kind; keys and shapes that do not fit are named.
     """
     where = str(source)
-    tensors = read_state_dict(source, sha256)
-    recognised = recognise_layout(tensors, where)
-    if layout not in (None, recognised):
-        raise ValueError(f"{where} is in the layout {recognised!r}, not in {layout!r}.")
-    rules = LAYOUTS[recognised]
+    tensors = read_state_dict(source, encoder and encoder.weights.sha256)
+    layout = recognise_layout(tensors, where)
+    if encoder is not None and encoder.weights.layout != layout:
+        raise ValueError(
+            f"{where} is in the layout {layout!r}, but {encoder.name!r} comes in {encoder.weights.layout!r}."
+        )
+    rules = LAYOUTS[layout]
     try:
         model_class, config = rules.infer(tensors)
-        if stock_config is not None and stock_config.model_type == config.model_type:
-            config = _with_labels_of(config, stock_config)
-        if named_config is not None and named_config.model_type == config.model_type:
-            for field in rules.unseen:
-                setattr(config, field, copy.deepcopy(getattr(named_config, field)))
-        discarded = [key for key in tensors if _matches(rules.discards, key)]
-        converted = rules.convert({key: tensors[key] for key in tensors if key not in set(discarded)}, config)
+        if encoder is not None:
+            config = _as_named(config, encoder.config(), rules.unseen)
+        discarded = {key for key in tensors if _matches(rules.discards, key)}
+        kept = {key: tensor for key, tensor in tensors.items() if key not in discarded}
+        converted = rules.convert(kept, config)
     except (ValueError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{where} looks like {recognised!r} but cannot be read as that: {_sentence(error)}") from error
+        raise ValueError(f"{where} looks like {layout!r} but cannot be read as that: {_sentence(error)}") from error
     check_fit(where, converted, on_meta(model_class, config).state_dict())
-    return PublishedWeights(recognised, model_class, config, converted, discarded)
+    return PublishedWeights(layout, model_class, config, converted, sorted(discarded))
 
 
-def _with_labels_of(inferred: PreTrainedConfig, stock_config: PreTrainedConfig) -> PreTrainedConfig:
-    config = copy.deepcopy(stock_config)
-    config.id2label, config.label2id = inferred.id2label, inferred.label2id
-    return config
+def _as_named(inferred: PreTrainedConfig, named: PreTrainedConfig, unseen: Iterable[str]) -> PreTrainedConfig:
+    """What no shape shows as the named encoder has it: of a plain transformer its whole config, but for the labels."""
+    if named.model_type == "hidden_state_backbone" and named.vision_config.model_type == inferred.model_type:
+        config = copy.deepcopy(named.vision_config)
+        config.id2label, config.label2id = inferred.id2label, inferred.label2id
+        return config
+    if named.model_type == inferred.model_type:
+        for field in unseen:
+            setattr(inferred, field, copy.deepcopy(getattr(named, field)))
+    return inferred
 
 
 def _matches(patterns: Iterable[str], key: str) -> bool:

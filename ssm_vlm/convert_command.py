@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{arguments.source} is no release of the paper's VLMs, only these take --encoder-weights")
     logging.disable_progress_bar()
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=_STEPS)
 
         def progress(step: str) -> None:

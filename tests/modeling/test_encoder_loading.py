@@ -1,6 +1,9 @@
 """Loading by name: strict keys, declared discards, folders, safe reading of pickles, and the answers to bad input."""
 
+import builtins
+import hashlib
 import json
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -151,7 +154,7 @@ class TestConvert:
             convert_encoder(tiny_vit, tmp_path / "file.safetensors", tmp_path / "out")
 
     def test_a_file_of_another_family_is_refused(self, tiny_vit, tmp_path):
-        with pytest.raises(ValueError, match=r"is in the layout 'swin', not in 'timm_vit'"):
+        with pytest.raises(ValueError, match=r"is in the layout 'swin', but 'tiny_vit.golden' comes in 'timm_vit'"):
             convert_encoder(tiny_vit, FIXTURES / "swin_release.weights.safetensors", tmp_path / "out")
 
     def test_a_failed_conversion_keeps_the_old_folder(self, tiny_vit, tmp_path):
@@ -453,9 +456,71 @@ class TestReading:
         CfgNode.made = 0
         assert read_state_dict(tmp_path / "a.pth").keys() == {"w"} and CfgNode.made == 0
 
-    def test_code_in_a_pickle_does_not_run(self, tmp_path):
-        import builtins
+    @pytest.mark.parametrize("length", [64, 6])
+    def test_checksums(self, tmp_path, length):
+        file = tmp_path / "a.safetensors"
+        save_file({"w": torch.ones(2)}, file)
+        right = hashlib.sha256(file.read_bytes()).hexdigest()[:length]
+        assert read_state_dict(file, right.upper()).keys() == {"w"}
+        wrong = "0" * length
+        word = "is" if length == 64 else "begins with"
+        message = (
+            f"is not the published file, or its download is damaged: its SHA-256 is .* published file {word} {wrong}"
+        )
+        with pytest.raises(ValueError, match=message):
+            read_state_dict(file, wrong)
 
+    def test_numpy_archives(self, tmp_path):
+        np.savez(tmp_path / "a.npz", **{"head/kernel": np.arange(6.0).reshape(2, 3)})
+        (tensor,) = read_state_dict(tmp_path / "a.npz").values()
+        assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+    def test_numpy_archives_with_objects_are_refused(self, tmp_path):
+        np.savez(tmp_path / "a.npz", w=np.array([Runs()], dtype=object))
+        with pytest.raises(ValueError, match="not a file of numpy arrays that can be read safely"):
+            read_state_dict(tmp_path / "a.npz")
+        assert not hasattr(builtins, "pickle_ran")
+
+    def test_pickled_arrays(self, tmp_path):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {"w": np.ones(3, np.float32)}, "__author__": "x"}))
+        assert read_state_dict(tmp_path / "a.pkl")["w"].tolist() == [1, 1, 1]
+
+    @pytest.mark.parametrize("suffix", ["pkl", "pth", "bin", "tar"])
+    @pytest.mark.parametrize("protocol", [0, 2, 5])
+    def test_a_bare_pickle_runs_nothing_whatever_its_suffix(self, tmp_path, suffix, protocol):
+        (tmp_path / f"a.{suffix}").write_bytes(pickle.dumps({"model": {"w": Runs()}}, protocol))
+        with pytest.raises(ValueError, match="read safely"):
+            read_state_dict(tmp_path / f"a.{suffix}")
+        assert not hasattr(builtins, "pickle_ran")
+
+    @pytest.mark.parametrize("zip_format", [True, False])
+    def test_code_in_the_place_of_weights_does_not_run(self, tmp_path, zip_format):
+        torch.save({"model": {"w": Runs()}}, tmp_path / "a.pth", _use_new_zipfile_serialization=zip_format)
+        with pytest.raises(ValueError, match="read safely|holds no state dict"):
+            read_state_dict(tmp_path / "a.pth")
+        assert not hasattr(builtins, "pickle_ran")
+
+    def test_the_format_before_torch_1_6(self, tmp_path):
+        torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+        assert read_state_dict(tmp_path / "a.pth")["w"].tolist() == [1, 1]
+
+    def test_shards_of_a_repository(self, tmp_path):
+        for index in range(2):
+            save_file({f"w{index}": torch.full((2,), float(index))}, tmp_path / f"model-{index}.safetensors")
+        weight_map = {f"w{index}": f"model-{index}.safetensors" for index in range(2)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        assert read_state_dict(tmp_path).keys() == {"w0", "w1"}
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(FileNotFoundError, match="empty' holds no checkpoint file: expected model.safetensors, "):
+            read_state_dict(tmp_path / "empty")
+
+    def test_the_code_would_run_elsewhere(self):
+        """The twin of the tests below."""
+        pickle.loads(pickle.dumps(Runs()))
+        assert builtins.pickle_ran
+        del builtins.pickle_ran
+
+    def test_code_in_a_pickle_does_not_run(self, tmp_path):
         torch.save({"model": {"w": torch.ones(2)}, "config": Runs()}, tmp_path / "a.pth")
         read_state_dict(tmp_path / "a.pth")
         assert not hasattr(builtins, "pickle_ran")
