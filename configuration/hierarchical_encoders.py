@@ -1,40 +1,32 @@
-"""Published Swin and ConvNeXt encoders: Transformers' own backbones, cut after stage 3.
+"""Published Swin, ConvNeXt and PVT v2 encoders: Transformers' own backbones, cut after stage 3.
 
 Without a fourth stage these classes have no downsampling after the third, so the tap comes before it, as VMamba's does.
-Both classes always norm their tap; classification files hold no such norm, so it stays neutral (scale 1, shift 0).
-Accuracies are those of the authors' repositories.
+Swin's and ConvNeXt's classes always norm their tap; classification files hold no such norm, so it stays neutral (scale
+1, shift 0). PVT v2 ends every stage with a norm of its own, which is trained. Accuracies are those of the authors'
+repositories.
 """
 
 from functools import partial
 
-from transformers import ConvNextConfig, SwinConfig
+from transformers import ConvNextConfig, PreTrainedConfig, PvtV2Config, SwinConfig
 
 from .encoder_entry import IN1K_224, NamedEncoder, WeightSource
+from .taps import tapped_config
 
 
-def _cut_drop_path(rate: float, depths: list[int]) -> float:
-    """The rate that gives each kept block the stochastic depth that it has in the whole model."""
-    return rate * (sum(depths[:3]) - 1) / (sum(depths) - 1)
+def _swin(width: int, depths: list[int], drop_path: float) -> PreTrainedConfig:
+    heads = [width // 32 * 2**stage for stage in range(4)]
+    return tapped_config(SwinConfig(embed_dim=width, depths=depths, num_heads=heads, drop_path_rate=drop_path))
 
 
-def _swin(width: int, depths: list[int], drop_path: float) -> SwinConfig:
-    return SwinConfig(
-        embed_dim=width,
-        depths=depths[:3],
-        num_heads=[width // 32, width // 16, width // 8],
-        drop_path_rate=_cut_drop_path(drop_path, depths),
-        out_features=["stage3"],
-    )
+def _convnext(width: int, depths: list[int], drop_path: float) -> PreTrainedConfig:
+    widths = [width * 2**stage for stage in range(4)]
+    whole = ConvNextConfig(hidden_sizes=widths, depths=depths, drop_path_rate=drop_path, layer_norm_eps=1e-6)
+    return tapped_config(whole)
 
 
-def _convnext(width: int, depths: list[int], drop_path: float) -> ConvNextConfig:
-    return ConvNextConfig(
-        hidden_sizes=[width, 2 * width, 4 * width],
-        depths=depths[:3],
-        num_stages=3,
-        drop_path_rate=_cut_drop_path(drop_path, depths),
-        out_features=["stage3"],
-    )
+def _pvt_v2(depths: list[int]) -> PreTrainedConfig:
+    return tapped_config(PvtV2Config(hidden_sizes=[64, 128, 320, 512], depths=depths))
 
 
 def _swin_in1k(
@@ -64,7 +56,20 @@ def _convnext_in1k(
         parameters,
         flops,
         "Apache-2.0",
-        WeightSource("transformers", hub_id=f"facebook/convnext-{size}-224"),
+        WeightSource("convnext", hub_id=f"timm/convnext_{size}.fb_in1k"),
+        imagenet_top1=top1,
+    )
+
+
+def _pvt_v2_in1k(size: str, depths: list[int], top1: float, parameters: int, flops: int) -> NamedEncoder:
+    return NamedEncoder(
+        f"pvt_v2_{size}.in1k_224",
+        partial(_pvt_v2, depths),
+        IN1K_224,
+        parameters,
+        flops,
+        "Apache-2.0",
+        WeightSource("transformers", hub_id=f"OpenGVLab/pvt_v2_{size}"),
         imagenet_top1=top1,
     )
 
@@ -76,6 +81,8 @@ HIERARCHICAL_ENCODERS = [
     _convnext_in1k("tiny", 96, [3, 3, 9, 3], 0.1, 82.1, parameters=12_348_768, flops=7_395_591_168),
     _convnext_in1k("small", 96, [3, 3, 27, 3], 0.4, 83.1, parameters=33_983_328, flops=15_851_953_152),
     _convnext_in1k("base", 128, [3, 3, 27, 3], 0.5, 83.8, parameters=60_122_240, flops=28_020_887_552),
+    _pvt_v2_in1k("b2", [3, 4, 6, 3], 82.0, parameters=13_854_144, flops=6_962_923_520),
+    _pvt_v2_in1k("b3", [3, 4, 18, 3], 83.1, parameters=33_729_984, flops=12_704_061_440),
 ]
 
 __all__ = ["HIERARCHICAL_ENCODERS"]

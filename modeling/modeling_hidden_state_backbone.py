@@ -13,18 +13,18 @@ from ..configuration.configuration_hidden_state_backbone import HiddenStateBackb
 from .token_grid import grid_size
 
 
-def _pixels(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor]:
+def _pixels(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor | None]:
     return {"pixel_values": pixel_values}
 
 
-def _pixels_in_order(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor]:
+def _pixels_in_order(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor | None]:
     """MAE sorts its patches by noise before it drops some: with none dropped, this keeps them where they are."""
     rows, columns = (size // patch_size for size in pixel_values.shape[-2:])
     order = torch.arange(rows * columns, device=pixel_values.device, dtype=torch.float32)
     return {"pixel_values": pixel_values, "noise": order.expand(pixel_values.shape[0], -1)}
 
 
-def _patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor]:
+def _patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor | None]:
     """SigLIP 2 reads patches [B, h * w, patch * patch * channels] and the grid that they are from."""
     batch, _, height, width = pixel_values.shape
     rows, columns = height // patch_size, width // patch_size
@@ -32,8 +32,8 @@ def _patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Ten
     cells = seen.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))  # [B, C, h, p, w, p]
     return {
         "pixel_values": cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2),  # [B, h * w, p * p * C]
-        "pixel_attention_mask": torch.ones(batch, rows * columns, device=seen.device, dtype=torch.long),
-        "spatial_shapes": torch.tensor([[rows, columns]] * batch),
+        "pixel_attention_mask": None,  # nothing is padded
+        "spatial_shapes": torch.tensor([[rows, columns]] * batch, device="cpu"),  # it is read, not computed with
     }
 
 

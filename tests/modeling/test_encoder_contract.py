@@ -39,7 +39,11 @@ def shrink_mambavision(config):
 def shrink_plain(config):
     stock = config.vision_config
     stock.hidden_size, stock.num_attention_heads, stock.num_hidden_layers = 16, 2, 3
-    stock.intermediate_size, stock.image_size = 32, 4 * stock.patch_size
+    stock.intermediate_size = 32
+    if stock.model_type == "siglip2_vision_model":
+        stock.num_patches = 16
+    else:
+        stock.image_size = 4 * stock.patch_size
 
 
 def shrink_swin(config):
@@ -70,12 +74,18 @@ def shrink_tapped_timm(config):
     config.stage_channels = [8, *WIDTHS]
 
 
+def shrink_pvt_v2(config):
+    config.hidden_sizes, config.depths, config.num_attention_heads = [8, 16, 32], [1, 1, 2], [1, 2, 4]
+    config.sr_ratios, config.mlp_ratios = [2, 2, 1], [2, 2, 2]
+
+
 SHRINK = {
     "ssm_vision": shrink_ssm_vision,
     "mambavision": shrink_mambavision,
     "hidden_state_backbone": shrink_plain,
     "swin": shrink_swin,
     "convnext": shrink_convnext,
+    "pvt_v2": shrink_pvt_v2,
     "vitdet": shrink_vitdet,
     "vit_adapter": shrink_vit_adapter,
     "tapped_timm": shrink_tapped_timm,
