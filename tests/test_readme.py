@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,6 +62,8 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "images").symlink_to(data / "images" / "eval")
     (folder / "questions.json").symlink_to(data / "vqa_test_questions.json")
     (folder / "annotations.json").symlink_to(data / "vqa_test_annotations.json")
+    vmamba = ROOT / "tests" / "fixtures" / "vmamba_v2_ratio2.weights.safetensors"
+    torch.save({"model": load_file(vmamba)}, folder / "vssm1_tiny_0230s_ckpt_epoch_264.pth")
     (folder / "RUN_DIR").symlink_to(folder / "runs" / "study" / "models" / "digit_vit.digitscenes_64")
     return folder
 
@@ -99,7 +103,7 @@ COMMANDS = [
 def test_its_commands_run(workplace, command):
     words = shlex.split(command)
     arguments = [*LAUNCHERS[words[0]], *words[1:]]
-    if "train_vlm" in command:
+    if "train_vlm" in command or " train " in command:
         arguments += ["--max_steps", "1", "--use_cpu", "true"]
     if words[0] == "accelerate":
         arguments.insert(arguments.index("launch") + 1, "--cpu")

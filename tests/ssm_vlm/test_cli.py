@@ -36,6 +36,13 @@ def test_every_command_is_there_and_explains_itself(name, capsys):
     assert end.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
+def test_the_help_of_a_command_shows_how_to_call_it(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("usage: ssm-vlm train [recipe.yaml] [--key value ...]") and "--vision_tap" in shown
+
+
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])
