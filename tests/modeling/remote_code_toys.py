@@ -45,6 +45,10 @@ CONFIGS: dict[type[PreTrainedConfig], Callable[[], PreTrainedConfig]] = {
         backbone="resnet10t", stage_names=["stem", "stage1"], stage_channels=[64, 64],
         stage_downsampling=[[2, "ceil"], [2, "ceil"]],
     ),
+    ssm_vlm.VitAdapterConfig: lambda: ssm_vlm.VitAdapterConfig(
+        hidden_size=8, num_hidden_layers=4, num_attention_heads=2, conv_inner_size=2, deform_num_heads=2,
+        pretrain_image_size=32, injector_init_value=0.5, out_features=["stage2", "stage4"],
+    ),
 }  # fmt: skip
 """A new family of models adds one small config; every class that `ssm_vlm.MODELS` lists for it is then tested."""
 NEEDS_TIMM = {"TappedTimmBackbone"}
