@@ -148,9 +148,9 @@ def training_facts(saved: SavedFolder) -> Facts:
     """Data and recipe, and the published file where the weights were converted from one."""
     recipe, run = saved.recipe, saved.run
     facts = []
-    if saved.origin.get("file"):
+    if saved.origin.get("source"):
         checksum = saved.origin.get("sha256")
-        facts.append(("converted from", f"`{saved.origin['file']}`" + (f", sha256 `{checksum}`" if checksum else "")))
+        facts.append(("converted from", f"`{saved.origin['source']}`" + (f", sha256 `{checksum}`" if checksum else "")))
     before = [record["title"] for record in encoder_data(saved.encoder_name)]
     if before:
         facts.append(("data of the encoder", ", ".join(before)))

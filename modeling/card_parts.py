@@ -58,25 +58,32 @@ def encoder_part(saved: SavedFolder) -> Part:
     record = origin_of(name) or {}
     hub_id = entry.weights.hub_id if entry.weights else None
     origin = f"[{record['title']}]({record['origin']}), {record['by']}" if record else UNKNOWN
-    file = saved.origin.get("file") or (entry.weights and entry.weights.url and entry.weights.url.rpartition("/")[2])
+    file = saved.origin.get("source") or (entry.weights and entry.weights.url and entry.weights.url.rpartition("/")[2])
     if hub_id:
         origin += f"; {_hub_link(hub_id)}"
     if file:
         origin += f"; file `{file}`"
-    return Part("encoder", f"`{name}`", origin, entry.licence, hub_id, record.get("note"), record.get("citation"))
+    return Part(
+        "encoder", f"`{name}`", origin, _known(entry.licence), hub_id, record.get("note"), record.get("citation")
+    )
 
 
 def language_model_part(saved: SavedFolder) -> Part:
-    name = saved.recipe.get("language_model")
+    name = saved.language_model_name
     if name is None:
         return Part("language model", f"a `{saved.config.text_config.model_type}` model", UNKNOWN)
     hub_id = _hub_id(saved, "language_model", name)
     if hub_id is None:
-        return Part("language model", f"`{Path(name).name}`", "a folder on the machine that trained this model")
+        return Part("language model", f"`{Path(name).name}`", "a folder on the machine that made this model")
     record = origins()["language_models"].get(hub_id, {})
     return Part(
         "language model", f"`{hub_id}`", _hub_link(hub_id), record.get("licence"), hub_id, note=record.get("note")
     )
+
+
+def _known(licence: str) -> str | None:
+    """A licence of the table, or None for the SPDX word that says that its origin states none."""
+    return None if licence == "NOASSERTION" else licence
 
 
 def _hub_id(saved: SavedFolder, key: str, value: str) -> str | None:
@@ -92,7 +99,7 @@ def _hub_link(hub_id: str | None) -> str:
 
 
 def part_row(part: Part) -> dict[str, str]:
-    licence = f"{part.licence}" if part.licence else "not known here: see its origin"
+    licence = part.licence or "not known here: see its origin"
     link = origins()["licences"].get(part.licence, {}).get("link")
     return {
         "name": part.name,

@@ -18,7 +18,7 @@ def wilson_interval(share: float, items: int) -> tuple[float, float]:
     scale = 1 + _Z**2 / items
     middle = (share + _Z**2 / (2 * items)) / scale
     half = _Z * math.sqrt(share * (1 - share) / items + _Z**2 / (4 * items**2)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 __all__ = ["wilson_interval"]

@@ -164,6 +164,11 @@ class SavedFolder:
         return self.recipe.get("vision_encoder") or self.origin.get("encoder")
 
     @property
+    def language_model_name(self) -> str | None:
+        """What the recipe or the conversion calls the language model."""
+        return self.recipe.get("language_model") or self.origin.get("language_model")
+
+    @property
     def named_encoder(self) -> NamedEncoder | None:
         """The encoder's entry in the table, if it is one of those."""
         return ENCODERS.get(self.encoder_name or "")
