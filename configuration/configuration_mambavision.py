@@ -76,8 +76,8 @@ class MambaVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if "in_dim" in kwargs:
             raise ValueError(
-                "This is the configuration of NVIDIA's own MambaVision code, whose checkpoints have other names: turn "
-                "the repository's model.safetensors or .pth.tar into one of this library with `ssm-vlm convert`."
+                "This is the configuration of NVIDIA's own MambaVision code, whose tensors have other names: give "
+                "`ssm-vlm convert` the model.safetensors or .pth.tar of that repository, the file and not the folder."
             )
         for name in ("hidden_sizes", "depths", "num_attention_heads", "window_sizes"):
             setattr(self, name, list(getattr(self, name)))

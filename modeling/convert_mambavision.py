@@ -9,6 +9,7 @@ as many from a width of 784 in stage 3 on (L, L2, L3), and windows of 14 and 7 p
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -98,6 +99,9 @@ def _convert(tensors: Mapping[str, Tensor], config: MambaVisionConfig) -> StateD
                 break
         else:
             converted[key] = tensor
+    for key in [key for key in converted if key.endswith(".running_mean")]:
+        # A count of batches, which evaluation never reads; files saved by older versions of torch hold none.
+        converted.setdefault(f"{key.removesuffix('running_mean')}num_batches_tracked", torch.tensor(0))
     return converted
 
 
