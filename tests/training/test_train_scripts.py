@@ -22,6 +22,9 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
 )
 
 from ssm_vlm import BackboneForImageClassification, LlavaStyleForConditionalGeneration, load_encoder
@@ -256,6 +259,27 @@ def test_weights_come_from_a_folder_by_name_or_from_the_folder_itself(vlm_option
         assert all(torch.equal(trained[f"vision_tower.{name}"], tensor) for name, tensor in backbone.items())
 
 
+def test_any_vision_model_is_an_encoder_with_a_tap_by_name(vlm_options, tmp_path):
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    stock = ViTForImageClassification(config)
+    stock.save_pretrained(tmp_path / "vit")
+    different = {"vision_encoder": tmp_path / "vit", "vision_pretrained": True, "max_steps": 1}
+    with pytest.raises(OSError, match=r"vit' holds no image processor that can be read, .*: save one beside the model"):
+        train_vlm(vlm_options(tmp_path / "runs", **different))
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path / "vit")
+    for tap, block in ((None, "block3"), ("block2", "block2")):
+        run = train_vlm(vlm_options(tmp_path / "runs", **different, **({"vision_tap": tap} if tap else {})))
+        model = AutoModelForImageTextToText.from_pretrained(run.path)
+        image_processor = AutoProcessor.from_pretrained(run.path).image_processor
+        assert model.config.vision_config.out_features == [block]
+        weights = model.vision_tower.vision_model.layers[0].mlp.fc1.weight
+        assert torch.equal(weights, stock.vit.layers[0].mlp.fc1.weight)
+        assert image_processor.geometry == "letterbox" and image_processor.downsampling == [[8, "floor"]]
+        assert list(image_processor.image_mean) == [0.1, 0.2, 0.3]
+
+
 def test_other_pictures_or_weights_or_words_give_another_run(vlm_options, tmp_path, scenes, language_model):
     """And the same things elsewhere give the same."""
     import shutil
@@ -302,6 +326,8 @@ def test_a_language_model_without_image_or_padding_token_gets_both(vlm_options, 
     ("different", "message"),
     [
         ({"vision_encoder": "digit_vmama.digitscenes_64"}, "digit_vmamba.digitscenes_64"),
+        ({"vision_encoder": "nobody-here/no-model"}, "No model can be read from 'nobody-here/no-model': "),
+        ({"vision_tap": "stage9"}, "has no tap 'stage9'; choose stem, stage1, stage2"),
         ({"chat_template": "vicunna"}, "the key 'chat_template' has a bad value: invalid choice: 'vicunna'"),
         ({"connector": "mlp9"}, "mlp9"),
         ({"tap_norm": "batchnorm"}, "the key 'tap_norm' has a bad value: invalid choice: 'batchnorm'"),
