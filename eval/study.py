@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration.named_encoders import get_named_encoder
 from ..modeling.connectors import model_downsampling
-from ..modeling.model_card import write_card
+from ..modeling.model_card import leave_card
 from ..modeling.token_grid import num_image_tokens
 from ..training.digit_scenes import DigitScenesConfig, write_digit_scenes
 from ..training.recipe import RunArguments, RunDirectory, parse_recipe, run_script
@@ -215,7 +215,7 @@ def _evaluate(study: StudyArguments, vlm: Path, items: list[EvalItem]) -> Result
         data=f"DigitScenes {study.split}",
     )
     result.save(result.predictions.with_suffix(".scores.json"))
-    write_card(vlm)
+    leave_card(vlm)
     return result
 
 

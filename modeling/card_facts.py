@@ -154,8 +154,9 @@ def training_facts(saved: SavedFolder) -> Facts:
     before = [record["title"] for record in encoder_data(saved.encoder_name)]
     if before:
         facts.append(("data of the encoder", ", ".join(before)))
-    if "data_path" in recipe:
-        title = hub_data_link(conversations(saved)) or f"`{Path(recipe['data_path']).name}`"
+    record = conversations(saved)
+    if record or "data_path" in recipe:
+        title = hub_data_link(record) or f"`{Path(recipe['data_path']).name}`"
         count = f", {run['conversations']} conversations" if "conversations" in run else ""
         facts.append(("data", title + count))
     elif "train_folder" in recipe:

@@ -128,8 +128,22 @@ def licence_metadata(parts: Sequence[Part]) -> dict[str, str]:
 
 
 def conversations(saved: SavedFolder) -> Mapping[str, Any]:
-    """The record of the training conversations, known by the name of their file."""
-    return origins()["conversations"].get(Path(saved.recipe.get("data_path", "")).name, {})
+    """The record of the training conversations, known by the name of their file or by the release."""
+    name = _release(saved).get("conversations") or Path(saved.recipe.get("data_path", "")).name
+    return origins()["conversations"].get(name, {})
+
+
+def release_parts(saved: SavedFolder) -> list[Part]:
+    """The connector of a VLM that others released; one that was trained here has no other origin."""
+    release = _release(saved)
+    if not release:
+        return []
+    origin = f"[{release['title']}]({release['origin']}), {release['by']}"
+    return [Part("connector and fine-tuning", f"`{saved.config.connector}`", origin, release.get("licence"))]
+
+
+def _release(saved: SavedFolder) -> Mapping[str, Any]:
+    return origins()["releases"].get(saved.origin.get("layout"), {})
 
 
 def hub_data_link(record: Mapping[str, Any]) -> str:
@@ -157,4 +171,5 @@ __all__ = [
     "origin_of",
     "origins",
     "part_row",
+    "release_parts",
 ]

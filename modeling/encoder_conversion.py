@@ -18,6 +18,7 @@ from .checkpoint_report import check_same_architecture
 from .encoder_loading import hold_to_named, read_named, read_transformers
 from .encoder_preprocessing import encoder_image_processor
 from .image_processing_llava_style import LlavaStyleImageProcessor
+from .model_card import leave_card
 from .published_weights import read_published
 from .saved_folder import ORIGIN_FILE
 
@@ -105,7 +106,7 @@ def convert_encoder(name: str, source: str | PathLike, weights_dir: str | PathLi
 
 
 def write_whole(folder: Path, save: Callable[[Path], None]) -> None:
-    """Calls `save` with a new folder beside `folder` and then gives it that name.
+    """Calls `save` with a new folder beside `folder`, gives it that name, and adds the model card.
 
     Raises:
         OSError: it cannot be written; what was in `folder` stays.
@@ -119,6 +120,7 @@ def write_whole(folder: Path, save: Callable[[Path], None]) -> None:
             if folder.exists():
                 folder.rename(Path(scratch) / "old")
             new.rename(folder)
+        leave_card(folder)
     except SafetensorError as error:  # how safetensors tells of a full disk
         raise OSError(f"{folder} cannot be written: {error}.") from error
 

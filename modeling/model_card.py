@@ -27,6 +27,7 @@ from .card_parts import (
     licence_metadata,
     origins,
     part_row,
+    release_parts,
 )
 from .saved_folder import Evaluation, SavedFolder
 
@@ -51,7 +52,9 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> ModelCard:
     """
     saved = SavedFolder(Path(folder))
     saved.check()
-    parts = [encoder_part(saved), language_model_part(saved)] if saved.is_vlm else [encoder_part(saved)]
+    parts = [encoder_part(saved)]
+    if saved.is_vlm:
+        parts += [language_model_part(saved), *release_parts(saved)]
     where = repo_id or Path(folder).absolute().name
     templates = [TEMPLATES / name for name in ("vlm.md.j2" if saved.is_vlm else "encoder.md.j2", "sections.md.j2")]
     return ModelCard.from_template(
@@ -89,6 +92,14 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, force: bool = 
     return True
 
 
+def leave_card(folder: str | Path) -> None:
+    """`write_card` for a model that has just been saved: what keeps the card from being written is only told."""
+    try:
+        write_card(folder)
+    except ValueError as error:
+        logger.warning(f"No model card was written: {error}")
+
+
 def save_with_card(model_class: type[PreTrainedModel]) -> None:
     """From now on `save_pretrained` of a model class writes a card beside the weights, and `push_to_hub` uploads it.
 
@@ -103,10 +114,7 @@ def save_with_card(model_class: type[PreTrainedModel]) -> None:
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
         save(self, save_directory, is_main_process, *args, **kwargs)
         if is_main_process and (Path(save_directory) / "config.json").is_file():  # adapters alone are saved without
-            try:
-                write_card(save_directory)
-            except ValueError as error:  # of a file that lay there; the model is saved
-                logger.warning(f"No model card was written: {error}")
+            leave_card(save_directory)
 
     @functools.wraps(upload)
     def upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
@@ -197,4 +205,4 @@ def _plus_minus(evaluation: Evaluation) -> str:
     return f" (95 % interval {100 * low:.1f} to {100 * high:.1f}, {evaluation.items} items)"
 
 
-__all__ = ["CARD_FILE", "is_untouched", "marked", "render_card", "save_with_card", "write_card"]
+__all__ = ["CARD_FILE", "is_untouched", "leave_card", "marked", "render_card", "save_with_card", "write_card"]

@@ -18,7 +18,7 @@ from ..configuration.configuration_backbone_classifier import BackboneClassifier
 from ..modeling.encoder_loading import load_encoder
 from ..modeling.encoder_preprocessing import image_processor_arguments
 from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
-from ..modeling.model_card import write_card
+from ..modeling.model_card import leave_card
 from ..modeling.modeling_backbone_classifier import BackboneForImageClassification
 from .image_folder import ImageFolder, collate_images
 from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
@@ -89,7 +89,7 @@ def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory
 
     train_and_save(trainer, run, save, summary)
     if trainer.is_world_process_zero():
-        write_card(run.path)
+        leave_card(run.path)
     return run
 
 

@@ -22,7 +22,7 @@ from ..modeling.connectors import connector_downsampling
 from ..modeling.encoder_loading import load_encoder
 from ..modeling.encoder_preprocessing import encoder_image_processor
 from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
-from ..modeling.model_card import write_card
+from ..modeling.model_card import leave_card
 from ..modeling.modeling_llava_style import LlavaStyleForConditionalGeneration
 from ..modeling.processing_llava_style import LlavaStyleProcessor
 from .collator import ConversationCollator, as_list
@@ -226,7 +226,7 @@ def train_vlm(model_args: ModelArguments, data_args: DataArguments, args: RunArg
 
     train_and_save(trainer, run, processor.save_pretrained, summary)
     if trainer.is_world_process_zero():
-        write_card(run.path)
+        leave_card(run.path)
     return run
 
 
