@@ -54,11 +54,13 @@ def shard(model):
 WRAPPERS = {"ddp": DistributedDataParallel, "fsdp": shard}
 
 
-def run_rank(rank: int, port: int, wrapper: str, frozen: bool, kind: str, checkpointing: bool, results) -> None:
+def run_rank(
+    rank: int, port: int, wrapper: str, frozen: bool, kind: str, checkpointing: bool, connector: str, results
+) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = build(freeze_vision=frozen, tap_norm="layernorm").train()
+    model = build(freeze_vision=frozen, tap_norm="layernorm", connector=connector).train()
     if checkpointing:
         model.activation_checkpointing_enable()
     wrapped = WRAPPERS[wrapper](model)
@@ -110,20 +112,20 @@ def toys_for_children(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "frozen", "kind", "checkpointing"),
+    ("wrapper", "frozen", "kind", "checkpointing", "connector"),
     [
-        ("ddp", True, "pixels", False),
-        ("ddp", False, "pixels", True),
-        ("ddp", False, "cached features", False),
-        ("fsdp", True, "pixels", False),
-        ("fsdp", False, "pixels", True),
-        ("fsdp", False, "cached features", False),
+        ("ddp", True, "pixels", False, "mlp2"),
+        ("ddp", False, "pixels", True, "average_pool_mlp2"),  # to a grid that leaves the toys' few tokens as they are
+        ("ddp", False, "cached features", False, "mlp2"),
+        ("fsdp", True, "pixels", False, "average_pool_mlp2"),
+        ("fsdp", False, "pixels", True, "mlp2"),
+        ("fsdp", False, "cached features", False, "mlp2"),
     ],
 )
-def test_a_rank_without_images_keeps_in_step(wrapper, frozen, kind, checkpointing, free_port):
-    found, loss = two_ranks(free_port, wrapper, frozen, kind, checkpointing)
+def test_a_rank_without_images_keeps_in_step(wrapper, frozen, kind, checkpointing, connector, free_port):
+    found, loss = two_ranks(free_port, wrapper, frozen, kind, checkpointing, connector)
 
-    model = build(freeze_vision=frozen, tap_norm="layernorm").train()
+    model = build(freeze_vision=frozen, tap_norm="layernorm", connector=connector).train()
     every = shares(kind)
     for share in every:
         model(**share, num_items_in_batch=sum(map(tokens, every))).loss.backward()

@@ -1,14 +1,18 @@
 """A connector is one key of a recipe: model, processor and the lengths that batches are made by all follow it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ssm_vlm import model_downsampling
+from ssm_vlm.modeling.encoder_conversion import convert_published
 from ssm_vlm.training.datasets import LlavaConversations
 from ssm_vlm.training.train_vlm import main as train_vlm
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 ENCODER = [[2, "ceil"]] * 3  # of digit_identity at 64 x 64: 8 x 8 tokens
 
 
@@ -41,6 +45,22 @@ def test_a_recipe_names_it(keys, step, tokens, vlm_options, scenes, tmp_path):
     with torch.no_grad():
         model(**inputs)
         assert model.generate(**inputs, max_new_tokens=2).shape[1] <= inputs["input_ids"].shape[1] + 2
+
+
+@pytest.mark.parametrize(("connector", "tokens"), [("mlp2", 4), ("pixel_shuffle_mlp2", 1)])
+def test_vmamba_at_stage_4(connector, tokens, vlm_options, tmp_path):
+    """A whole published VMamba, tapped one stage later by one key: a quarter of the tokens."""
+    weights = FIXTURES / "vmamba_v2_ratio2.weights.safetensors"
+    folder = convert_published(weights, tmp_path / "vmamba").folder
+    keys = {"vision_encoder": folder, "vision_pretrained": True, "vision_tap": "stage4", "image_size": 64}
+    run = train_vlm(vlm_options(tmp_path / "runs", max_steps=1, connector=connector, **keys))
+    processor = AutoProcessor.from_pretrained(run.path)
+    model = AutoModelForImageTextToText.from_pretrained(run.path)
+    assert model.config.vision_config.out_features == ["stage4"]
+    assert processor.image_processor.downsampling == model_downsampling(model.config)
+    assert processor.image_processor.downsampling[:5] == [[2, "ceil"]] * 5
+    assert processor.count_image_tokens(64, 64) == tokens
+    assert processor.count_image_tokens(800, 1333) == (25 * 42 if connector == "mlp2" else 13 * 21)
 
 
 def test_an_option_of_another_connector_is_refused_before_anything_is_loaded(vlm_options, tmp_path, monkeypatch):
