@@ -6,6 +6,7 @@ What the paper leaves open (activations, epsilons, padding) is settled by the ou
 
 import math
 from collections.abc import Callable
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -317,12 +318,10 @@ class MambaVisionTrunk(MambaVisionPreTrainedModel):
                 f"{list(pixel_values.shape)}."
             )
         maps = [self.stem(pixel_values)]
-        for index, stage in enumerate(self.stages):
-            if index > 0:
-                maps.append(self.downsamples[index - 1](maps[-1]))
+        for stage, downsample in zip_longest(self.stages, self.downsamples):
             maps.append(stage(maps[-1]))
-        if len(self.downsamples) == len(self.stages):
-            maps.append(self.downsamples[-1](maps[-1]))
+            if downsample is not None:
+                maps.append(downsample(maps[-1]))
         maps[-1] = self.norm(maps[-1])
         return dict(zip(self.config.stage_names, maps, strict=False))
 
