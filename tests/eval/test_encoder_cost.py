@@ -14,6 +14,7 @@ from ssm_vlm.modeling.ops.selective_scan_2d import BACKENDS
 ONE_OF_EACH_FAMILY = [
     *(name for name in ENCODERS if name.startswith("digit_")),
     "vmamba_tiny_s1l8.in1k_224",
+    "mambavision_tiny.in1k_224",
     "deit_tiny_patch16.fb_in1k_224",
     "swin_tiny.in1k_224",
     "convnext_tiny.in1k_224",

@@ -40,6 +40,10 @@ CONFIGS: dict[type[PreTrainedConfig], Callable[[], PreTrainedConfig]] = {
     ),
     ssm_vlm.HiddenStateBackboneConfig: lambda: tower("hidden_state_backbone"),
     ssm_vlm.LlavaStyleConfig: lambda: vlm_config("ssm_vision"),
+    ssm_vlm.MambaVisionConfig: lambda: ssm_vlm.MambaVisionConfig(
+        hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 2, 2], stem_width=2, num_attention_heads=[2, 2], window_sizes=[3, 2],
+        layer_scale=0.5, num_labels=3,
+    ),
     ssm_vlm.SSMVisionConfig: lambda: tower("ssm_vision"),
     ssm_vlm.TappedTimmConfig: lambda: ssm_vlm.TappedTimmConfig(
         backbone="resnet10t", stage_names=["stem", "stage1"], stage_channels=[64, 64],
