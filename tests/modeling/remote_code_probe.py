@@ -32,20 +32,15 @@ if sys.argv[1] == "absent":
     sys.path.append(setting["site_packages"])  # python -S: no .pth file is read, so no editable install is found
     hide_what_is_not_needed(set(setting["hidden"]))
 
+sys.path.append(str(Path(__file__).parent))
+
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from remote_code_tensors import aligned, tensors  # noqa: E402
 from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
 
 torch.set_num_threads(1)
 TRUST = {"trust_remote_code": True}
-
-
-def tensors(output) -> list[torch.Tensor]:
-    """Every tensor of a model's output, in order."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple | list) else ()
-    return [tensor for value in values for tensor in tensors(value)]
 
 
 def load(auto_class: str, source: Path | str):
@@ -63,7 +58,8 @@ def check(source: Path | str, model, expected: dict, home: str) -> None:
     """Model, preprocessing and, of a complete VLM, the whole path from a picture and words to tokens, bit by bit."""
     assert type(model).__module__.startswith(home) and type(model.config).__module__.startswith(home), type(model)
     with torch.no_grad():
-        found = tensors(model(**expected["inputs"]))
+        inputs = {name: tensor.clone() for name, tensor in expected["inputs"].items()}
+        found = tensors(aligned(model)(**inputs))
     assert len(found) == len(expected["outputs"]), "another number of outputs"
     assert all(map(torch.equal, found, expected["outputs"])), "outputs are not bit-equal"
     if "pixels" in expected:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from packaging.requirements import Requirement
+from remote_code_tensors import aligned, tensors
 from remote_code_toys import CONFIGS, IMAGE_TOKEN, NEEDS_TIMM, TOYS, VLM, cases, conversation, processor
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel, Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_import_files
@@ -38,17 +39,9 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, "input_ids": torch.tensor([[0, *[IMAGE_TOKEN] * count, 9, 10]])}
 
 
-def tensors(output) -> list[torch.Tensor]:
-    """Every tensor of a model's output, in order."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple | list) else ()
-    return [tensor for value in values for tensor in tensors(value)]
-
-
 @torch.no_grad()
 def outputs_of(model: PreTrainedModel) -> list[torch.Tensor]:
-    found = tensors(model(**inputs_of(model)))
+    found = tensors(aligned(model)(**inputs_of(model)))
     assert found and all(tensor.isfinite().all() for tensor in found)
     return found
 
@@ -185,9 +178,9 @@ def test_remote_code_beside_the_library_is_bit_equal(name, tmp_path, modules_cac
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     owners = {type(part).__module__.split(".")[0] for part in (remote.config, *remote.modules())}
     assert "transformers_modules" in owners and "ssm_vlm" not in owners
-    expected = outputs_of(model)
+    inputs, expected = inputs_of(model), outputs_of(model)
     with torch.no_grad():
-        assert all(map(torch.equal, tensors(remote(**inputs_of(model))), expected))
+        assert all(map(torch.equal, tensors(aligned(remote)(**inputs)), expected))
 
 
 @pytest.mark.parametrize("trust", [None, True])
