@@ -71,7 +71,7 @@ def convert_published(
         raise ValueError(f"{encoder!r} has no published weights: this project trains it.")
     check_target(folder)
     progress("reading")
-    if _is_transformers_folder(source, named):
+    if _is_transformers_folder(source):
         layout, discarded = "transformers", []
         model = read_transformers(source)
         if named is not None:
@@ -133,10 +133,8 @@ def check_target(folder: Path) -> None:
         raise ValueError(f"{str(folder)!r} is a file; the output must be a folder.")
 
 
-def _is_transformers_folder(source: Path, named: NamedEncoder | None) -> bool:
+def _is_transformers_folder(source: Path) -> bool:
     """A download of timm's repositories has a config.json, too, but one without `model_type`."""
-    if named is not None and named.weights.layout != "transformers":
-        return False
     config = source / "config.json"
     return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
 
