@@ -122,6 +122,13 @@ def read_transformers(source: str | PathLike) -> PreTrainedModel:
         ValueError: naming tensors that are missing, unexpected or of another shape.
         OSError: there is no such model.
     """
+    model, missing = _read_what_is_there(source)
+    report_misfit(str(source), missing=missing, unexpected=(), misshaped=())
+    return model
+
+
+def _read_what_is_there(source: str | PathLike) -> tuple[PreTrainedModel, set[str]]:
+    """The same, and which of its tensors are not in the source but random: poolers, often."""
     config = _saved_config(source)
     part, saved_class = vision_part(config), _saved_class(config)
     if part is config:
@@ -133,8 +140,15 @@ def read_transformers(source: str | PathLike) -> PreTrainedModel:
         )
         own = {key.partition(".")[0] for key in model.state_dict()}
         unexpected = [key for key in info["unexpected_keys"] if key.partition(".")[0] in own]
-    report_misfit(str(source), missing=info["missing_keys"], unexpected=unexpected, misshaped=info["mismatched_keys"])
-    return model.eval()
+    report_misfit(str(source), missing=(), unexpected=unexpected, misshaped=info["mismatched_keys"])
+    return model.eval(), info["missing_keys"]
+
+
+def _read_tensors(source: str | PathLike) -> tuple[StateDict, type[PreTrainedModel], PreTrainedConfig]:
+    """The tensors that a source in Transformers' format holds of a whole model, its class and its config."""
+    model, missing = _read_what_is_there(source)
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in missing}
+    return tensors, type(model), model.config
 
 
 def _part_class(whole: PreTrainedModel, part: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -165,14 +179,16 @@ def _saved_config(source: str | PathLike) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise type(error)(f"No model can be read from {str(source)!r}: {reason}") from error
+        name = str(source)
+        where = "No model can be read from the folder" if Path(name).is_dir() else "No folder and no model on the Hub is"
+        raise type(error)(f"{where} {name!r}: {reason}") from error
 
 
 def _is_tapped(config: PreTrainedConfig) -> bool:
     """Whether this is the config of a saved Backbone with a tap; one that returns every stage is a whole model."""
     if type(config) not in AutoBackbone._model_mapping:
         return False
-    stages = [name for name in config.stage_names if name != "stem"]
+    stages = [name for name in config.stage_names or () if name != "stem"]
     is_backbone = AutoBackbone._model_mapping[type(config)].__name__ in (config.architectures or ())
     return is_backbone and (config.out_features != stages or len(stages) == 1)
 
@@ -190,8 +206,8 @@ def _load_saved(source: str, tap: str | None = None) -> PreTrainedModel:
         return load_timm_encoder(
             source if Path(source).is_dir() else hf_hub_download(source, "model.safetensors"), tapped
         )
-    whole = read_transformers(source)
-    return tap_whole(whole.state_dict(), type(whole), tapped, source)
+    tensors, model_class, _ = _read_tensors(source)
+    return tap_whole(tensors, model_class, tapped, source)
 
 
 def _load_named(
@@ -226,10 +242,10 @@ def _load_whole(encoder: NamedEncoder, source: str, tap: str | None) -> PreTrain
     if _is_tapped(saved):
         check_same_architecture(source, saved, expected)
         return _load_saved(source, tap)
-    whole = read_transformers(source)
-    hold_to_named(encoder, whole.state_dict(), type(whole), whole.config, source)
-    config = expected if tap is None else tapped_config(whole.config, tap)
-    return tap_whole(whole.state_dict(), type(whole), config, source)
+    tensors, model_class, whole_config = _read_tensors(source)
+    hold_to_named(encoder, tensors, model_class, whole_config, source)
+    config = expected if tap is None else tapped_config(whole_config, tap)
+    return tap_whole(tensors, model_class, config, source)
 
 
 def tap_whole(
@@ -248,7 +264,8 @@ def tap_whole(
     """
     backbone_class = AutoBackbone._model_mapping[type(config)]
     picked = _tensors_of(on_meta(backbone_class, config), tensors, model_class, where)
-    return backbone_class.from_pretrained(None, config=config, state_dict=picked).eval()
+    dtype = next(tensor.dtype for tensor in picked.values() if tensor.is_floating_point())
+    return backbone_class.from_pretrained(None, config=config, state_dict=picked, dtype=dtype).eval()
 
 
 def _tensors_of(

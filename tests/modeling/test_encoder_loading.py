@@ -33,7 +33,7 @@ from ssm_vlm.configuration.configuration_ssm_vision import SSMVisionConfig
 from ssm_vlm.configuration.encoder_entry import IMAGENET, NamedEncoder, Preprocessing, WeightSource
 from ssm_vlm.configuration.named_encoders import ENCODERS
 from ssm_vlm.modeling.checkpoint_files import read_state_dict
-from ssm_vlm.modeling.encoder_conversion import convert_encoder
+from ssm_vlm.modeling.encoder_conversion import convert_encoder, convert_published
 from ssm_vlm.modeling.encoder_loading import load_encoder
 from ssm_vlm.modeling.encoder_preprocessing import encoder_image_processor, image_processor_arguments
 from ssm_vlm.modeling.image_processing_llava_style import LlavaStyleImageProcessor
@@ -347,6 +347,24 @@ class TestAnyModel:
         assert torch.equal(encoder(pixels).feature_maps[-1], expected)
         assert not any("text" in key for key in encoder.state_dict())
 
+    def test_what_lies_after_the_tap_may_be_missing(self, tmp_path):
+        AutoModel.from_config(TINY_VIT, add_pooling_layer=False).save_pretrained(tmp_path)
+        assert load_encoder(tmp_path).out_features == ["block2"]
+        with pytest.raises(ValueError, match=r"does not fit: it lacks pooler\.dense\.bias, pooler\.dense\.weight\."):
+            convert_published(tmp_path, tmp_path / "out")
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights[next(key for key in weights if "layer.1." in key and "output.dense.weight" in key)]
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"does not fit: it lacks layers\.1\."):
+            load_encoder(tmp_path)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_weights_keep_their_type(self, tmp_path, dtype):
+        config = ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 2, 1])
+        AutoModelForImageClassification.from_config(config).to(dtype).save_pretrained(tmp_path)
+        encoder = load_encoder(tmp_path)
+        assert {parameter.dtype for parameter in encoder.parameters()} == {dtype}
+
     def test_a_tap_that_is_not_there(self, tmp_path):
         AutoModel.from_config(TINY_VIT).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="has no tap 'block9'; choose block1, block2, block3"):
@@ -364,7 +382,7 @@ class TestAnyModel:
 
     def test_a_hub_id_that_cannot_be_reached(self, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        with pytest.raises(OSError, match="No model can be read from 'nobody-here/no-model': "):
+        with pytest.raises(OSError, match="No folder and no model on the Hub is 'nobody-here/no-model': "):
             load_encoder("nobody-here/no-model")
 
 
