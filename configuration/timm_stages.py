@@ -15,6 +15,9 @@ from transformers.utils import is_timm_available
 
 from .configuration_tapped_timm import TappedTimmConfig
 
+_CUTTING = ("FeatureListNet", "FeatureGetterNet")
+"""timm's feature extractors that drop what lies after the tap; the default ones of some families keep it."""
+
 _ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
 """Arguments by which families of timm models take other picture sizes than their own: plain ones resize their position
 embedding, windowed ones pad. The weights and the result at the model's own size stay the same."""
@@ -29,7 +32,7 @@ def _timm() -> Any:
 
 
 def create_timm_model(architecture: str, **arguments: Any) -> nn.Module:
-    """A timm model without memory.
+    """A timm model without memory; `feature_cls` counts where there are to be `features_only`.
 
     Raises:
         ValueError: timm has no such model, or it takes no such argument.
@@ -37,6 +40,8 @@ def create_timm_model(architecture: str, **arguments: Any) -> nn.Module:
     timm = _timm()
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} has no model named {architecture!r}.")
+    if not arguments.get("features_only"):
+        arguments.pop("feature_cls", None)
     with torch.device("meta"):
         return timm.create_model(architecture, **arguments).eval()
 
@@ -101,10 +106,12 @@ def _ask_timm(architecture: str, tap: str | None, model_args: str, apply_final_n
     infos = [dict(info) for info in getattr(whole, "feature_info", None) or []]
     if not infos:
         raise ValueError(f"timm offers no feature maps of {architecture!r}, so it cannot be tapped.")
+    every = {"features_only": True, "out_indices": tuple(range(len(infos)))}
     try:
-        backbone = create_timm_model(
-            architecture, features_only=True, out_indices=tuple(range(len(infos))), **arguments
-        )
+        backbone = create_timm_model(architecture, **every, **arguments)
+        if type(backbone).__name__ not in _CUTTING and hasattr(whole, "prune_intermediate_layers"):
+            arguments["feature_cls"] = "getter"
+            backbone = create_timm_model(architecture, **every, **arguments)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError, KeyError) as error:
         raise ValueError(
             f"timm offers no feature maps of {architecture!r}, so it cannot be tapped: {error}."
@@ -121,7 +128,8 @@ def _ask_timm(architecture: str, tap: str | None, model_args: str, apply_final_n
         raise ValueError(f"{architecture} has no tap {tap!r}; choose {choices}.")
     canvas, index = (channels, height, width), names.index(tap)
     grid = _grids(backbone, *canvas)
-    if grid is None or grid[index] != (height // strides[index], width // strides[index]):
+    exact = (height / strides[index], width / strides[index])
+    if grid is None or any(abs(cells - size) >= 1 for cells, size in zip(grid[index], exact, strict=True)):
         raise ValueError(f"The feature maps of timm's {architecture!r} are not as large as timm says: {grid}.")
     multiple, only_size, steps = None, None, None
     if _sizes_taken(backbone, canvas, strides[-1]) == (None, None):

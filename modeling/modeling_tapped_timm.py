@@ -39,7 +39,7 @@ class TappedTimmBackbone(TimmBackbone):
             key: tuple(value) if isinstance(value, list) else value for key, value in config.model_args.items()
         }
         if config.apply_final_norm and is_timm_available():  # asked again, or saved code would need timm to be loaded
-            from timm.models import FeatureGetterNet
+            from timm.models._features import FeatureGetterNet
 
             arguments["feature_cls"] = partial(FeatureGetterNet, norm=True)
         super().__init__(config, **arguments)
