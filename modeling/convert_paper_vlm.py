@@ -25,7 +25,7 @@ from ..configuration.named_encoders import NamedEncoder, get_named_encoder
 from .chat_templates import vicuna_template
 from .checkpoint_files import file_sha256, read_checkpoint
 from .checkpoint_report import check_fit
-from .encoder_conversion import SHARD_SIZE, check_target, write_whole
+from .encoder_conversion import SHARD_SIZE, check_target, is_transformers_folder, write_whole
 from .encoder_loading import hold_to_named, load_encoder, read_named, read_transformers, tap_whole
 from .encoder_preprocessing import image_processor_arguments
 from .image_processing_llava_style import LlavaStyleImageProcessor
@@ -342,7 +342,7 @@ def _load_encoder(encoder: NamedEncoder, source: str | PathLike | None) -> PreTr
     """The named encoder, tapped, out of a published file, a converted folder or the Hub."""
     if source is None:
         return load_encoder(encoder.name)
-    if (Path(source) / "config.json").is_file():
+    if is_transformers_folder(Path(source)):
         whole = read_transformers(source)
         hold_to_named(encoder, whole.state_dict(), type(whole), whole.config, str(source))
         return tap_whole(whole.state_dict(), type(whole), encoder.config(), str(source))

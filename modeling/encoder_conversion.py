@@ -71,7 +71,7 @@ def convert_published(
         raise ValueError(f"{encoder!r} has no published weights: this project trains it.")
     check_target(folder)
     progress("reading")
-    if _is_transformers_folder(source):
+    if is_transformers_folder(source):
         layout, discarded = "transformers", []
         model = read_transformers(source)
         if named is not None:
@@ -133,8 +133,8 @@ def check_target(folder: Path) -> None:
         raise ValueError(f"{str(folder)!r} is a file; the output must be a folder.")
 
 
-def _is_transformers_folder(source: Path) -> bool:
-    """A download of timm's repositories has a config.json, too, but one without `model_type`."""
+def is_transformers_folder(source: Path) -> bool:
+    """Whether it is in Transformers' format; timm's repositories have a config.json, too, but without `model_type`."""
     config = source / "config.json"
     return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
 
@@ -164,4 +164,12 @@ def _image_processor(
     return name, encoder_image_processor(name, named.config() if named is not None else tapped_config(config))
 
 
-__all__ = ["SHARD_SIZE", "Conversion", "check_target", "convert_encoder", "convert_published", "write_whole"]
+__all__ = [
+    "SHARD_SIZE",
+    "Conversion",
+    "check_target",
+    "convert_encoder",
+    "convert_published",
+    "is_transformers_folder",
+    "write_whole",
+]

@@ -5,6 +5,7 @@ import json
 import tarfile
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -45,18 +46,40 @@ from ssm_vlm.modeling.convert_paper_vlm import (
 )
 from ssm_vlm.modeling.convert_vmamba import VMAMBA_LAYOUT
 from ssm_vlm.modeling.encoder_conversion import convert_encoder
+from ssm_vlm.modeling.layouts import LAYOUTS
 from ssm_vlm.modeling.own_backbones import build_backbone
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CASES = {  # vision_backbone_id -> fixture, geometry of its named encoder
-    "vmamba-toy": ("vmamba_v2_ratio2", "letterbox", (64, 64)),
-    "vmamba-toy-det": ("vmamba_v2_ratio2_backbone", "letterbox_corner", (64, 96)),
+
+
+class Toy(NamedTuple):
+    """An encoder of the release in small: outputs of its reference implementation at the tap, as far as there are."""
+
+    fixture: str
+    layout: str
+    tap: str
+    geometry: str
+    size: tuple[int, int]
+    input: str
+    tap_of_reference: str | None
+    width: int
+
+
+CASES = {  # by vision_backbone_id
+    "vmamba-toy": Toy("vmamba_v2_ratio2", "vmamba", "stage3", "letterbox", (64, 64), "input.0", None, 32),
+    "vmamba-toy-det": Toy(
+        "vmamba_v2_ratio2_backbone", "vmamba", "stage3", "letterbox_corner", (64, 96), "input.1", "stage3.1", 32
+    ),
+    "in1k-toy-vit": Toy("vit_timm", "timm_vit", "block2", "letterbox", (64, 64), "input.0", "block2.0", 32),
+    "mambavision-toy-s3": Toy(
+        "mambavision", "mambavision", "stage2_downsampled", "letterbox", (80, 80), "input.0", "level1.0", 64
+    ),
 }
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-WIDTH, TAP_WIDTH = 16, 32
+WIDTH = 16  # of the language model
 
 
 def make_tokenizer(scheme: str) -> LlamaTokenizer:
@@ -110,26 +133,26 @@ def llama(rows: int, hidden: int = WIDTH) -> LlamaConfig:
 def toys(monkeypatch, tmp_path):
     """Named encoders for the fixtures, with files of weights as VMamba publishes them."""
     files = {}
-    for backbone_id, (fixture, geometry, (height, width)) in CASES.items():
-        weights = load_file(FIXTURES / f"{fixture}.weights.safetensors")
-        config = tapped_config(VMAMBA_LAYOUT.infer(weights)[1], "stage3")
+    for backbone_id, toy in CASES.items():
+        weights = load_file(FIXTURES / f"{toy.fixture}.weights.safetensors")
+        config = tapped_config(LAYOUTS[toy.layout].infer(weights)[1], toy.tap)
         name = f"{backbone_id.replace('-', '_')}.golden"
-        preprocessing = Preprocessing(height, width, *IMAGENET, geometry=geometry)
-        entry = NamedEncoder(name, lambda c=config: c, preprocessing, 1, 1, "MIT", WeightSource("vmamba", url="x"))
+        preprocessing = Preprocessing(*toy.size, *IMAGENET, geometry=toy.geometry)
+        entry = NamedEncoder(name, lambda c=config: c, preprocessing, 1, 1, "MIT", WeightSource(toy.layout, url="x"))
         monkeypatch.setitem(ENCODERS, name, entry)
         monkeypatch.setitem(VISION_BACKBONES, backbone_id, name)
-        files[backbone_id] = tmp_path / f"{fixture}.pth"
-        torch.save({"model": weights} if geometry == "letterbox" else {"state_dict": weights}, files[backbone_id])
+        files[backbone_id] = tmp_path / f"{toy.fixture}.pth"
+        torch.save({"model": weights} if toy.geometry == "letterbox" else {"state_dict": weights}, files[backbone_id])
     return files
 
 
-def projector(arch: str, seed: int = 0) -> nn.Module:
+def projector(arch: str, tap_width: int) -> nn.Module:
     """As the release builds them: `projector` inside a module, an `nn.Sequential` but for the linear one."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     widths = {
-        "linear": [TAP_WIDTH, WIDTH],
-        "no-align+gelu-mlp": [TAP_WIDTH, WIDTH, WIDTH],
-        "no-align+fused-gelu-mlp": [TAP_WIDTH, 4 * TAP_WIDTH, WIDTH, WIDTH],
+        "linear": [tap_width, WIDTH],
+        "no-align+gelu-mlp": [tap_width, WIDTH, WIDTH],
+        "no-align+fused-gelu-mlp": [tap_width, 4 * tap_width, WIDTH, WIDTH],
     }[arch]
     layers = [nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
     between = [module for layer in layers for module in (nn.GELU(), layer)][1:]
@@ -162,7 +185,8 @@ def parts(llm_folder: Path, arch="no-align+gelu-mlp", backbone="vmamba-toy", **s
         "vmamba_feature_stage": 3,
         "vmamba_feature_layer": 1,
     }
-    return config, projector(arch), language_model
+    width = CASES[backbone].width if backbone in CASES else 32
+    return config, projector(arch, width), language_model
 
 
 def checkpoint_bytes(projector: nn.Module, language_model: nn.Module, others: dict | None = None) -> bytes:
@@ -198,13 +222,16 @@ def paper_prompt(*turns: str) -> str:
     return text.rstrip()
 
 
-def tap_by_hand(backbone: str, pixels: torch.Tensor, index: int) -> torch.Tensor:
-    """[2, h * w, C] after the norm: the reference's own output, or a whole classifier's and a plain LayerNorm."""
-    fixture = CASES[backbone][0]
-    golden = load_file(FIXTURES / f"{fixture}.io.safetensors")
-    if f"stage3.{index}" in golden:
-        return golden[f"stage3.{index}"].flatten(2).transpose(1, 2)
-    weights = load_file(FIXTURES / f"{fixture}.weights.safetensors")
+def tap_by_hand(backbone: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels and what the connector gets of them, [2, h * w, C].
+
+    The reference's own output; or, of VMamba's classifier, which has no norm at its stages, a plain LayerNorm on ours.
+    """
+    toy = CASES[backbone]
+    golden = load_file(FIXTURES / f"{toy.fixture}.io.safetensors")
+    if toy.tap_of_reference is not None:
+        return golden[toy.input], golden[toy.tap_of_reference].flatten(2).transpose(1, 2)
+    weights = load_file(FIXTURES / f"{toy.fixture}.weights.safetensors")
     model_class, config = VMAMBA_LAYOUT.infer(weights)
     assert model_class is SSMVisionForImageClassification
     model = model_class(config)
@@ -213,9 +240,9 @@ def tap_by_hand(backbone: str, pixels: torch.Tensor, index: int) -> torch.Tensor
     stage = model.eval().model.stages[2]
     stage.blocks[-1].register_forward_hook(lambda module, inputs, output: before_norm.update(tap=output))
     with torch.no_grad():
-        model(pixels)
+        model(golden[toy.input])
     tokens = before_norm["tap"]  # [2, h, w, C]
-    return nn.functional.layer_norm(tokens.flatten(1, 2), tokens.shape[-1:])
+    return golden[toy.input], nn.functional.layer_norm(tokens.flatten(1, 2), tokens.shape[-1:])
 
 
 @pytest.mark.parametrize("scheme", ["first", "legacy"])
@@ -226,6 +253,8 @@ def tap_by_hand(backbone: str, pixels: torch.Tensor, index: int) -> torch.Tensor
         ("vmamba-toy", "linear"),
         ("vmamba-toy-det", "no-align+fused-gelu-mlp"),
         ("vmamba-toy-det", "no-align+gelu-mlp"),
+        ("in1k-toy-vit", "no-align+gelu-mlp"),
+        ("mambavision-toy-s3", "no-align+gelu-mlp"),
     ],
 )
 def test_logits_are_those_of_the_papers_composition(backbone, arch, scheme, toys, llm_folders, tmp_path):
@@ -239,11 +268,10 @@ def test_logits_are_those_of_the_papers_composition(backbone, arch, scheme, toys
     assert type(model) is LlavaStyleForConditionalGeneration and type(processor) is LlavaStyleProcessor
     assert not model.training and model.config.freeze_vision and model.config.box_frame == "centered_square"
 
-    _, mlp, language_model = parts(llm_folders[scheme], arch=arch)
+    _, mlp, language_model = parts(llm_folders[scheme], arch=arch, backbone=backbone)
     tokenizer = AutoTokenizer.from_pretrained(llm_folders[scheme])
-    height, width = CASES[backbone][2]
-    index = 0 if height == width else 1
-    pixels = load_file(FIXTURES / f"{CASES[backbone][0]}.io.safetensors")[f"input.{index}"]
+    height, width = CASES[backbone].size
+    pixels, tap = tap_by_hand(backbone)
     content = [{"type": "image", "image": Image.new("RGB", (width, height))}, {"type": "text", "text": "Which digit?"}]
     inputs = processor.apply_chat_template(
         [[{"role": "user", "content": content}]] * 2,
@@ -255,13 +283,12 @@ def test_logits_are_those_of_the_papers_composition(backbone, arch, scheme, toys
     assert inputs["pixel_values"].shape == pixels.shape
     ids = tokenizer(paper_prompt("Which digit?"), return_tensors="pt").input_ids
     assert tokenizer.convert_ids_to_tokens(ids[0, :2].tolist()) == ["<s>", "▁A"]
-    count = height * width // 16**2
-    image = torch.full((1, count), processor.image_token_id)
+    image = torch.full((1, tap.shape[1]), processor.image_token_id)
     assert torch.equal(inputs["input_ids"][:1], torch.cat([ids[:, :1], image, ids[:, 1:]], 1))
 
     inputs["pixel_values"] = pixels
     with torch.no_grad():
-        projected = mlp["projector"](tap_by_hand(backbone, pixels, index))
+        projected = mlp["projector"](tap)
         words = language_model.model.embed_tokens(ids).expand(2, -1, -1)
         embeddings = torch.cat([words[:, :1], projected, words[:, 1:]], 1)
         expected = language_model(inputs_embeds=embeddings).logits
@@ -306,13 +333,12 @@ def test_the_comparison_notices(mutation, toys, llm_folders, tmp_path):
     )
     model = AutoModelForImageTextToText.from_pretrained(folder)
     _, mlp, language_model = parts(llm_folders["first"])
-    pixels = load_file(FIXTURES / "vmamba_v2_ratio2.io.safetensors")["input.0"]
+    pixels, tap = tap_by_hand("vmamba-toy")
     ids = AutoTokenizer.from_pretrained(llm_folders["first"])(
         paper_prompt("Which digit?"), return_tensors="pt"
     ).input_ids
     image = torch.full((1, 16), model.config.image_token_id)
     row = torch.cat([ids[:, :1], image, ids[:, 1:]], 1)
-    tap = tap_by_hand("vmamba-toy", pixels, 0)
     with torch.no_grad():
         words = language_model.model.embed_tokens(ids).expand(2, -1, -1)
         embeddings = torch.cat([words[:, :1], mlp["projector"](tap), words[:, 1:]], 1)
