@@ -46,8 +46,8 @@ CONFIGS: dict[type[PreTrainedConfig], Callable[[], PreTrainedConfig]] = {
     ),
     ssm_vlm.SSMVisionConfig: lambda: tower("ssm_vision"),
     ssm_vlm.TappedTimmConfig: lambda: ssm_vlm.TappedTimmConfig(
-        backbone="resnet10t", stage_names=["stem", "stage1"], stage_channels=[64, 64],
-        stage_downsampling=[[2, "ceil"], [2, "ceil"]],
+        backbone="resnet10t", stage_names=["stem", "stage1", "stage2", "stage3", "stage4"], out_features=["stage1"],
+        stage_channels=[64, 64, 128, 256, 512], stage_downsampling=[[2, "ceil"]] * 5,
     ),
     ssm_vlm.VitAdapterConfig: lambda: ssm_vlm.VitAdapterConfig(
         hidden_size=8, num_hidden_layers=4, num_attention_heads=2, conv_inner_size=2, deform_num_heads=2,
