@@ -1,17 +1,22 @@
 # make study | make test | make test-slow | make lint | make types. Each sets up its own environment in .venv first.
+# make test-vision: the tests of timm's models, in .venv-vision, since timm needs torchvision and the library does not.
 
 PYTHON ?= python3
 VENV ?= .venv
 # Where to take PyTorch from, for example https://download.pytorch.org/whl/cpu (small, no CUDA); empty: pip's default.
 TORCH_INDEX ?=
+VISION_VENV ?= .venv-vision
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VISION_STAMP := $(VISION_VENV)/.installed
+comma := ,
+EXTRAS := eval,dev,peft,trl,serving
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export MPLBACKEND = Agg
 
-.PHONY: study test test-slow lint types clean
+.PHONY: study test test-slow test-vision vision-environment lint types clean
 
 study: $(STAMP)
 	$(BIN)/ssm-vlm study
@@ -22,6 +27,13 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" -q
 
+test-vision: $(VISION_STAMP)
+	@$(VISION_VENV)/bin/python -c 'import torchvision' 2>/dev/null || { \
+		echo "torchvision does not load beside this PyTorch; take both from one index, as TORCH_INDEX does."; exit 1; }
+	$(VISION_VENV)/bin/python -m pytest -n 2 -m "timm and not gpu" -q
+
+vision-environment: $(VISION_STAMP)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,12 +43,20 @@ types: $(STAMP)
 	rm -rf $(VENV)/typed && $(BIN)/pip install -q --no-deps --no-compile --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy -p ssm_vlm --config-file $(CURDIR)/pyproject.toml
 
-$(STAMP): pyproject.toml constraints.txt
+# $(call install,ENVIRONMENT,PACKAGES OF TORCH_INDEX,EXTRAS)
+define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[eval,dev,peft]'
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt $(2)
+	$(1)/bin/pip install -q -c constraints.txt -e '.[$(3)]'
 	touch $@
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,$(VENV),torch,$(EXTRAS))
+
+$(VISION_STAMP): pyproject.toml constraints.txt
+	$(call install,$(VISION_VENV),torch torchvision,$(EXTRAS)$(comma)timm)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VISION_VENV) runs
