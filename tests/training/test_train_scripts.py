@@ -175,6 +175,7 @@ def test_a_finished_model_is_complete(vlm_run):
     names = {path.name for path in vlm_run.path.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "processor_config.json"} <= names
     assert {"tokenizer.json", "chat_template.jinja", "recipe.yaml", "finished.json"} <= names
+    assert {"modeling_llava_style.py", "processing_llava_style.py"} <= names  # its own code
     assert not any(name.startswith(("checkpoint", "training_args", "model.partial", "not_finite")) for name in names)
     recipe = yaml.safe_load((vlm_run.path / "recipe.yaml").read_text())
     assert recipe["vision_encoder"] == "digit_identity.digitscenes_64" and recipe["max_steps"] == 2
