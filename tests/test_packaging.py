@@ -57,7 +57,7 @@ def test_the_version_is_said_once():
 
 PROBE = """
 import json, os, sys, tempfile
-written, reached, cuda = [], [], []
+written, reached, cuda, not_ours = [], [], [], set()
 
 def hook(event, arguments):
     if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -79,7 +79,7 @@ for name in ("_lazy_init", "current_device", "device_count", "get_device_capabil
 {statements}
 print(json.dumps({{
     "file": ssm_vlm.__file__,
-    "modules": sorted(name for name in sys.modules if "." not in name),
+    "modules": sorted(name for name in set(sys.modules) - not_ours if "." not in name),
     "written": [path for path in written if not str(path).startswith((tempfile.gettempdir(), os.devnull))],
     "reached": reached,
     "cuda": cuda,
@@ -88,6 +88,8 @@ print(json.dumps({{
 """
 IMPORT = "import ssm_vlm"
 IMPORT_ALL = f"""
+from transformers import Trainer  # takes in `datasets` where that is installed
+not_ours = set(sys.modules)
 import importlib, pkgutil, ssm_vlm
 for package in {sorted(PACKAGE_DIRS)}:
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
@@ -181,3 +183,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     rows = json.loads(run(scripts / "ssm-vlm", "encoders", "--json", cwd=tmp_path))
     assert [row["name"] for row in rows] == list(ENCODERS)
     assert "usage: ssm-vlm" in run(scripts / "ssm-vlm", "--help", cwd=tmp_path)
+
+    ENCODERS["digit_vmamba.digitscenes_64"].config().save_pretrained(tmp_path / "encoder")
+    run(scripts / "ssm-vlm", "card", tmp_path / "encoder", cwd=tmp_path)
+    assert "A vision encoder" in (tmp_path / "encoder" / "README.md").read_text()
