@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class _Array:
         _version, shape, number_type, is_fortran, data = state
         self.fill(data, number_type, shape, "F" if is_fortran else "C")
 
-    def fill(self, data: Any, number_type: Any, shape: tuple, order: str) -> "_Array":
+    def fill(self, data: Any, number_type: Any, shape: tuple, order: Literal["C", "F"]) -> "_Array":
         if not isinstance(number_type, _NumberType):
             raise pickle.UnpicklingError("it holds an array whose type is not a numpy dtype")
         if isinstance(data, str):  # how Python 2 wrote bytes
@@ -65,7 +65,9 @@ def _empty_array(*_what_numpy_would_build: Any) -> _Array:
     return _Array()
 
 
-def _array_from_buffer(data: Any, number_type: Any, shape: tuple, order: str, *_axis_order: Any) -> _Array:
+def _array_from_buffer(
+    data: Any, number_type: Any, shape: tuple, order: Literal["C", "F"], *_axis_order: Any
+) -> _Array:
     if order not in ("C", "F"):
         raise pickle.UnpicklingError(f"it holds an array of memory order {order!r}")
     return _Array().fill(data, number_type, shape, order)

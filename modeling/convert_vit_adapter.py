@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration.configuration_vit_adapter import VitAdapterConfig
 from .checkpoint_layout import CheckpointLayout, StateDict
@@ -105,7 +105,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], VitAda
     return VitAdapterBackbone, config
 
 
-def _convert(tensors: Mapping[str, Tensor], config: VitAdapterConfig) -> StateDict:
+def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDict:
     converted = rename_keys(tensors, _RULES)
     if "position_embeddings" in converted:  # there is no class token; its position stays behind
         converted["position_embeddings"] = converted["position_embeddings"][:, 1:]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, VitDetBackbone, VitDetConfig
+from transformers import PreTrainedConfig, PreTrainedModel, VitDetBackbone, VitDetConfig
 
 from .checkpoint_layout import CheckpointLayout, StateDict
 from .rename_keys import count_indices, rename_keys
@@ -97,7 +97,7 @@ def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], Vit
     return VitDetBackbone, config
 
 
-def _convert(state_dict: Mapping[str, Tensor], config: VitDetConfig) -> StateDict:
+def _convert(state_dict: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDict:
     converted = rename_keys(state_dict, _RULES)
     positions = converted.get("embeddings.position_embeddings")
     if positions is not None and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:

@@ -108,11 +108,9 @@ class VitAdapterBlock(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VitAdapterMLP(config)
         self.drop_path = VitAdapterDropPath(drop_path)
-        if config.layer_scale:
-            self.scale1 = nn.Parameter(torch.ones(config.hidden_size))
-            self.scale2 = nn.Parameter(torch.ones(config.hidden_size))
-        else:
-            self.scale1 = self.scale2 = None
+        self.scale1, self.scale2 = (
+            nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None for _ in range(2)
+        )
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         update = self.attention(self.norm1(x), grid)
@@ -278,12 +276,10 @@ class VitAdapterExtractor(GradientCheckpointingLayer):
         self.query_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.source_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = VitAdapterDeformableAttention(config, num_levels=1)
-        if config.conv_ffn_ratio > 0:
+        self.ffn = VitAdapterConvFFN(config) if config.conv_ffn_ratio > 0 else None
+        if self.ffn is not None:
             self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.ffn = VitAdapterConvFFN(config)
             self.drop_path = VitAdapterDropPath(config.drop_path_rate)
-        else:
-            self.ffn = None
 
     def forward(self, pyramid: Tensor, x: Tensor, centres: Tensor, grids: list[Grid], source_grid: Grid) -> Tensor:
         pyramid = pyramid + self.attention(self.query_norm(pyramid), centres, self.source_norm(x), [source_grid])
