@@ -180,7 +180,7 @@ def _saved_config(source: str | PathLike) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         name = str(source)
-        where = "No model can be read from the folder" if Path(name).is_dir() else "No folder and no model on the Hub is"
+        where = "No model can be read from the folder" if Path(name).is_dir() else "No folder or model on the Hub is"
         raise type(error)(f"{where} {name!r}: {reason}") from error
 
 

@@ -73,6 +73,8 @@ def read_published(source: str | PathLike, encoder: NamedEncoder | None = None) 
         discarded = {key for key in tensors if _matches(rules.discards, key)}
         kept = {key: tensor for key, tensor in tensors.items() if key not in discarded}
         converted = rules.convert(kept, config)
+    except ImportError as error:  # timm is not installed everywhere
+        raise OSError(f"{where} is in the layout {layout!r}. {' '.join(str(error).split())}") from error
     except (ValueError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
         raise ValueError(f"{where} looks like {layout!r} but cannot be read as that: {_sentence(error)}") from error
     check_fit(where, converted, on_meta(model_class, config).state_dict())

@@ -382,7 +382,7 @@ class TestAnyModel:
 
     def test_a_hub_id_that_cannot_be_reached(self, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        with pytest.raises(OSError, match="No folder and no model on the Hub is 'nobody-here/no-model': "):
+        with pytest.raises(OSError, match="No folder or model on the Hub is 'nobody-here/no-model': "):
             load_encoder("nobody-here/no-model")
 
 

@@ -327,7 +327,7 @@ def test_a_language_model_without_image_or_padding_token_gets_both(vlm_options, 
     ("different", "message"),
     [
         ({"vision_encoder": "digit_vmama.digitscenes_64"}, "digit_vmamba.digitscenes_64"),
-        ({"vision_encoder": "nobody-here/no-model"}, "No folder and no model on the Hub is 'nobody-here/no-model': "),
+        ({"vision_encoder": "nobody-here/no-model"}, "No folder or model on the Hub is 'nobody-here/no-model': "),
         ({"vision_tap": "stage9"}, "has no tap 'stage9'; choose stem, stage1, stage2"),
         ({"chat_template": "vicunna"}, "the key 'chat_template' has a bad value: invalid choice: 'vicunna'"),
         ({"connector": "mlp9"}, "mlp9"),
