@@ -77,7 +77,8 @@ class MambaVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         if "in_dim" in kwargs:
             raise ValueError(
                 "This is the configuration of NVIDIA's own MambaVision code, whose tensors have other names: give "
-                "`ssm-vlm convert` the model.safetensors or .pth.tar of that repository, the file and not the folder."
+                "`ssm-vlm convert` the model.safetensors or .pth.tar of that repository, the file and not the folder, "
+                "or name the encoder with --encoder."
             )
         for name in ("hidden_sizes", "depths", "num_attention_heads", "window_sizes"):
             setattr(self, name, list(getattr(self, name)))

@@ -3,21 +3,27 @@
 Depths, widths and every other size are read off the tensors. Two things no tensor shows, the number of attention heads
 and the side of the windows; they are taken to be those of the published models: 8 and 16 heads in stages 3 and 4, twice
 as many from a width of 784 in stage 3 on (L, L2, L3), and windows of 14 and 7 positions, which cover the whole map at
-224 pixels. Models made for 256 or 512 pixels have larger windows: name the encoder.
+224 pixels. Models made for 256 or 512 pixels have larger windows: name the encoder. For a width that was never
+published a warning tells what was assumed; both fields can be corrected in the `config.json` of the converted folder.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..configuration.configuration_mambavision import MambaVisionConfig
 from .checkpoint_layout import CheckpointLayout, StateDict
 from .modeling_mambavision import MambaVisionBackbone, MambaVisionForImageClassification
 
+logger = logging.get_logger(__name__)
+
 _PREFIXES = re.compile(r"^((module|model|encoder)\.)+")
+_PUBLISHED_WIDTHS = (80, 96, 128, 196, 256)
 _WIDE = 784
 
 _BLOCK, _OURS = r"levels\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.blocks.\2."
@@ -63,12 +69,22 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], MambaV
     mixer = "levels.2.blocks.0.mixer."
     rank = shape(mixer + "dt_proj.weight")[1]
     has_head = "head.weight" in reference
+    usual = (16, 32) if widths[2] >= _WIDE else (8, 16)
+    heads = [math.gcd(width, count) for width, count in zip(widths[2:], usual, strict=True)]
+    if widths[0] not in _PUBLISHED_WIDTHS:
+        logger.warning(
+            "No published MambaVision has a first width of %d, and no tensor shows attention heads and windows: "
+            "num_attention_heads=%s and window_sizes=[14, 7] are assumed; correct them in config.json if they differ.",
+            widths[0],
+            heads,
+        )
     config = MambaVisionConfig(
         num_channels=shape("patch_embed.conv_down.0.weight")[1],
         stem_width=shape("patch_embed.conv_down.0.weight")[0],
         hidden_sizes=widths,
         depths=[sum(1 for stage, _ in blocks if stage == index) for index in range(4)],
-        num_attention_heads=[16, 32] if widths[2] >= _WIDE else [8, 16],
+        num_attention_heads=heads,
+        window_sizes=[14, 7],
         mlp_ratio=shape("levels.2.blocks.0.mlp.fc1.weight")[0] / widths[2],
         qkv_bias=any(key.endswith(".qkv.bias") for key in reference),
         d_state=shape(mixer + "A_log")[1],

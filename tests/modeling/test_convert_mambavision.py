@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ssm_vlm.configuration.encoder_entry import IMAGENET, NamedEncoder, Preproce
 from ssm_vlm.configuration.mambavision_encoders import MAMBAVISION_ENCODERS
 from ssm_vlm.configuration.named_encoders import ENCODERS
 from ssm_vlm.configuration.taps import tapped_config
+from ssm_vlm.modeling import convert_mambavision
 from ssm_vlm.modeling.convert_mambavision import MAMBAVISION_LAYOUT
 from ssm_vlm.modeling.encoder_conversion import convert_published
 from ssm_vlm.modeling.encoder_loading import load_encoder
@@ -86,6 +88,10 @@ def published_shapes(stem, width, depths, layer_scale, labels=1000):
     yield from linear("head", labels, size)
 
 
+def published_file(*sizes):
+    return {name: torch.empty(shape, device="meta") for name, shape in published_shapes(*sizes)}
+
+
 SIZES = {  # stem, width, depths, LayerScale, millions of parameters as published
     "tiny": (32, 80, [1, 3, 8, 4], False, 31.8),
     "tiny2": (32, 80, [1, 3, 11, 4], False, 35.1),
@@ -101,7 +107,7 @@ SIZES = {  # stem, width, depths, LayerScale, millions of parameters as publishe
 def test_whole_models_have_their_published_size(variant):
     """And what a published file holds is what our whole model holds, tensor by tensor."""
     *sizes, millions = SIZES[variant]
-    file = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(*sizes)}
+    file = published_file(*sizes)
     model_class, config = MAMBAVISION_LAYOUT.infer(file)
     assert model_class is MambaVisionForImageClassification and config.num_labels == 1000
     with torch.device("meta"):
@@ -177,9 +183,21 @@ def test_converted_folder_gives_the_published_outputs(toy_name, tmp_path):
     assert load_encoder(toy_name, weights_dir=tmp_path).out_features == ["stage3"]
 
 
-def test_without_a_name_heads_and_windows_are_those_of_the_published_sizes():
-    config = MAMBAVISION_LAYOUT.infer(weights())[1]
-    assert config.num_attention_heads == [8, 16] and config.window_sizes == [14, 7]
+def test_without_a_name_heads_and_windows_are_those_of_the_published_sizes(caplog):
+    """And for a width that was never published a warning says so."""
+    with caplog.at_level(logging.WARNING, logger=convert_mambavision.logger.name):
+        config = MAMBAVISION_LAYOUT.infer(weights())[1]
+        assert config.num_attention_heads == [8, 16] and config.window_sizes == [14, 7]
+        (message,) = caplog.messages
+        assert "first width of 8." in message and "num_attention_heads=[8, 16]" in message
+        MAMBAVISION_LAYOUT.infer(
+            {key: torch.empty(shape) for key, shape in published_shapes(32, 80, [1, 1, 1, 1], False)}
+        )
+        assert len(caplog.messages) == 1
+    odd = MAMBAVISION_LAYOUT.infer(
+        {key: torch.empty(shape) for key, shape in published_shapes(4, 7, [1, 1, 2, 2], False)}
+    )
+    assert odd[1].num_attention_heads == [4, 8]
 
 
 def test_file_without_classifier_becomes_a_backbone_of_all_stages(toy_name, tmp_path):
@@ -243,7 +261,9 @@ def test_other_variant_is_refused(tmp_path):
 
 def test_nvidias_own_folder_is_told_apart(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mambavision", "dim": 80, "in_dim": 32}')
-    with pytest.raises(ValueError, match=r"NVIDIA's own MambaVision code.* the file and not the folder"):
+    with pytest.raises(
+        ValueError, match=r"NVIDIA's own MambaVision code.* the file and not the folder, or name the encoder"
+    ):
         load_encoder(tmp_path)
 
 
