@@ -51,7 +51,11 @@ def origin_of(name: str) -> dict[str, Any] | None:
 def encoder_part(saved: SavedFolder) -> Part:
     name, entry = saved.encoder_name, saved.named_encoder
     if name is None:
-        return Part("encoder", f"a `{saved.vision_config.model_type}` model", UNKNOWN)
+        source = saved.origin.get("source")
+        origin = (
+            f"file `{source}`, its tensors named as in the layout `{saved.origin['layout']}`" if source else UNKNOWN
+        )
+        return Part("encoder", f"of type `{saved.vision_config.model_type}`", origin)
     if entry is None:
         hub_id = _hub_id(saved, "vision_encoder", name)
         return Part("encoder", f"`{hub_id or Path(name).name}`", _hub_link(hub_id) or UNKNOWN, hub_id=hub_id)
@@ -71,7 +75,7 @@ def encoder_part(saved: SavedFolder) -> Part:
 def language_model_part(saved: SavedFolder) -> Part:
     name = saved.language_model_name
     if name is None:
-        return Part("language model", f"a `{saved.config.text_config.model_type}` model", UNKNOWN)
+        return Part("language model", f"of type `{saved.config.text_config.model_type}`", UNKNOWN)
     hub_id = _hub_id(saved, "language_model", name)
     if hub_id is None:
         return Part("language model", f"`{Path(name).name}`", "a folder on the machine that made this model")

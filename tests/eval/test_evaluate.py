@@ -357,7 +357,9 @@ def test_command(model, processor, pictures, tmp_path, capsys, task, asked, know
     ]  # fmt: skip
     assert main([*command, "--blank-floor"]) == 0
     printed = capsys.readouterr().out
-    scores = json.loads((tmp_path / "out.scores.json").read_text())["scores"][task]
+    saved = json.loads((tmp_path / "out.scores.json").read_text())
+    assert saved["data"] == {"vqa": "q.json", "grounding": "refs.json, val"}[task]
+    scores = saved["scores"][task]
     assert scores["num_items"] == 2 and "blank_image" in scores["floors"]
     assert re.search(r"all +│ +2 │ +0.00", printed) and "constants are chosen on the scored items" in printed
 

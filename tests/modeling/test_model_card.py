@@ -258,7 +258,7 @@ def test_nothing_is_invented(tmp_path):
     card = render_card(save_vlm(tmp_path / "bare", recipe=None, scores=None))
     data = card.data.to_dict()
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
-    assert table(card)["encoder"] == "a `ssm_vision` model, 0.409 M parameters"
+    assert table(card)["encoder"] == "of type `ssm_vision`, 0.409 M parameters"
     assert "The folder does not say how the weights were trained." in card.text
     assert "It has not been evaluated, or its scores were not saved beside it." in card.text
     assert "The licence of the encoder and the language model is not known here" in card.text
