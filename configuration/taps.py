@@ -58,6 +58,11 @@ and computed, and only the tap is returned. FocalNet's own stages end after thei
 BLOCK_BACKBONES = {"vitdet": "num_hidden_layers"}
 """`model_type` of a plain Backbone that calls the output of its block K "stageK" -> field that counts its blocks."""
 
+NORMED_TAPS = {"swin": "neutral", "convnext": "neutral", "convnextv2": "neutral", "pvt_v2": "trained"}
+NORMED_TAPS |= {"vit_adapter": "trained"}
+"""`model_type` of a Backbone that norms its tap -> whether published files hold that norm ("trained") or it
+stays at scale 1 and shift 0 ("neutral"), and so is what the VLM's parameter-free `tap_norm` would do."""
+
 UNUSABLE = {"hiera": "the Backbone of this Transformers version leaves out the reordering of its tokens"}
 """`model_type` of a Backbone that does not compute what its model computes -> why."""
 
@@ -130,6 +135,21 @@ def _cut_drop_path(rate: float, kept: int, whole: int) -> float:
     return rate * (kept - 1) / (whole - 1) if rate and kept < whole else rate
 
 
+def tap_norm(config: Any) -> str:
+    """What an encoder does to its tap: "none", "parameter-free", "neutral" (see `NORMED_TAPS`) or "trained".
+
+    Args:
+        config: a Backbone config, tapped.
+    """
+    if config.model_type in NORMED_TAPS:
+        return NORMED_TAPS[config.model_type]
+    at_the_end = config.out_features[-1] == config.stage_names[-1]
+    if getattr(config, "apply_final_norm", False) or (at_the_end and getattr(config, "final_norm", False)):
+        return "trained"
+    own = {"layernorm": "trained", "parameter_free": "parameter-free"}
+    return own.get(getattr(config, "output_norm", "none"), "none")
+
+
 def _plain(stock: PreTrainedConfig, tap: str | None, apply_final_norm: bool = False) -> HiddenStateBackboneConfig:
     depth = stock.num_hidden_layers
     names = [f"block{index}" for index in range(1, depth + 1)]
@@ -144,7 +164,9 @@ def _plain(stock: PreTrainedConfig, tap: str | None, apply_final_norm: bool = Fa
 
 def _hierarchical(config: Any, tap: str | None) -> PreTrainedConfig:
     stages = [name for name in config.stage_names if name.startswith("stage")]
-    if tap is None:
+    if tap is None and not stages and len(config.stage_names) > 1:
+        tap = config.stage_names[-2]
+    elif tap is None:
         tap = "stage3" if "stage3" in stages[:-1] else config.out_features[-1]
     _check(tap, config.stage_names, config.model_type)
     fields: dict[str, Any] = {"out_features": [tap]}
@@ -177,4 +199,14 @@ def _copy(config: Any, **changes: Any) -> Any:
     return type(config)(**fields | changes)
 
 
-__all__ = ["BLOCK_BACKBONES", "PARTS", "STAGE_CUTS", "UNUSABLE", "StageCut", "tapped_config", "vision_part"]
+__all__ = [
+    "BLOCK_BACKBONES",
+    "NORMED_TAPS",
+    "PARTS",
+    "STAGE_CUTS",
+    "UNUSABLE",
+    "StageCut",
+    "tap_norm",
+    "tapped_config",
+    "vision_part",
+]
