@@ -24,7 +24,7 @@ class EncoderConfigSpec(SubConfigSpec):
     """The encoder among the sub-configs of a config: own or stock, from a config, its dict, or the default."""
 
     def get_config_class(self, model_type: str | None = None) -> type[PreTrainedConfig]:
-        return OWN_ENCODER_CONFIGS.get(model_type) or super().get_config_class(model_type)
+        return OWN_ENCODER_CONFIGS.get(model_type or "") or super().get_config_class(model_type)
 
     def create_subconfig(self, key: str, subconfig: dict | PreTrainedConfig | None = None, **kwargs):
         # Under the name "backbone_config" Transformers would look among registered configs only.

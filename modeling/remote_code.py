@@ -38,12 +38,15 @@ def flatten(module: str) -> tuple[str, frozenset[str]]:
         ValueError: the module imports something in a way that a flat folder cannot.
     """
     spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"There is no file of the module {module}.")
     source = Path(spec.origin).read_text(encoding="utf-8")
-    lines, imported, rewritten = source.splitlines(keepends=True), set(), 0
+    lines, rewritten = source.splitlines(keepends=True), 0
+    imported: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import) and any(name.name.split(".")[0] == PACKAGE for name in node.names):
             raise ValueError(f"{spec.origin}:{node.lineno} imports {PACKAGE} by name: use a relative import.")
-        if not isinstance(node, ast.ImportFrom) or not (node.level or node.module.split(".")[0] == PACKAGE):
+        if not isinstance(node, ast.ImportFrom) or not (node.level or f"{node.module}.".startswith(f"{PACKAGE}.")):
             continue
         if not (node.level and node.module):
             raise ValueError(f"{spec.origin}:{node.lineno} must be of the form 'from .module import name'.")
@@ -59,8 +62,7 @@ def flatten(module: str) -> tuple[str, frozenset[str]]:
     if len(_LOOKS_LIKE_IMPORT.findall(text)) != rewritten:
         raise ValueError(f"{spec.origin} has text that Transformers takes for a relative import: word it otherwise.")
     version = importlib.import_module(PACKAGE).__version__
-    path = module.removeprefix(f"{PACKAGE}.").replace(".", "/")
-    return f"# ssm-vlm {version} (Apache-2.0), made from {path}.py: change it there.\n{text}", frozenset(imported)
+    return f"# ssm-vlm {version} (Apache-2.0), made from {module}: change it there.\n{text}", frozenset(imported)
 
 
 def flat_files(*modules: str) -> dict[str, str]:
@@ -69,7 +71,7 @@ def flat_files(*modules: str) -> dict[str, str]:
     found, open_modules = set(), set(modules)
     while open_modules:
         found |= open_modules
-        imports = set()
+        imports: set[str] = set()
         for module in open_modules:
             text, imported = flatten(module)
             name = f"{flat_name(module)}.py"
