@@ -19,7 +19,11 @@ def test_every_entry_is_whole(name):
     encoder = get_named_encoder(name)
     config, preprocessing = encoder.config(), encoder.preprocessing
     assert encoder.name == name and re.fullmatch(r"[a-z0-9_]+\.[a-z0-9_]+", name)
-    assert config.out_features == config.stage_names[-1:] or config.model_type in ("ssm_vision", "mambavision", "tapped_timm")
+    assert config.out_features == config.stage_names[-1:] or config.model_type in (
+        "ssm_vision",
+        "mambavision",
+        "tapped_timm",
+    )
     assert num_image_tokens(preprocessing.height, preprocessing.width, encoder_downsampling(config)) > 0
     assert make_geometry(preprocessing.geometry, 480, 640, (preprocessing.height, preprocessing.width))
     assert preprocessing.interpolation in ("bicubic", "bilinear", "nearest")
@@ -121,3 +125,11 @@ def test_a_wrong_name_gets_the_nearest():
     message = r"no encoder named 'vmamba_small.in1k_224'; the nearest names are vmamba_small_\w+.in1k_224, vmamba_"
     with pytest.raises(ValueError, match=message):
         get_named_encoder("vmamba_small.in1k_224")
+
+
+def test_every_published_vmamba_has_a_name_and_a_file():
+    vmamba = [name for name in ENCODERS if name.startswith("vmamba_")]
+    tags = [name.partition(".")[2].partition("_")[0] for name in vmamba]
+    assert (tags.count("in1k"), tags.count("coco"), tags.count("ade20k")) == (9, 13, 7)
+    files = [ENCODERS[name].weights.url for name in vmamba]
+    assert len(set(files)) == 29 and all(file.endswith(".pth") for file in files)

@@ -447,6 +447,22 @@ class TestWhereWeightsAreNot:
         ):
             load_encoder("vit_small_patch16.augreg_in1k_224")
 
+    def test_from_the_hub(self, table, monkeypatch):
+        def download(repository, file):
+            assert (repository, file) == ("nobody/vit", "model.safetensors")
+            return str(FIXTURES / "vit_timm.weights.safetensors")
+
+        monkeypatch.setattr("ssm_vlm.modeling.encoder_loading.hf_hub_download", download)
+        config = partial(HiddenStateBackboneConfig, vision_config=TINY_VIT)
+        name = table("tiny_vit.hub", config, WeightSource("timm_vit", hub_id="nobody/vit"))
+        io = load_file(FIXTURES / "vit_timm.io.safetensors")
+        for tap in ("block2", "block3"):
+            features = load_encoder(name, tap=tap)(io["input.0"]).feature_maps[-1]
+            assert (features - io[f"{tap}.0"]).abs().max() <= 1e-4 * io[f"{tap}.0"].abs().max()
+        wrong = WeightSource("timm_vit", hub_id="nobody/vit", sha256="0" * 64)
+        with pytest.raises(ValueError, match="is not the published file"):
+            load_encoder(table("tiny_vit.other", config, wrong))
+
     def test_a_weights_dir_without_it(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="There is no saved encoder in .*swin_tiny.*Download https"):
             load_encoder("swin_tiny.in1k_224", weights_dir=tmp_path)
