@@ -182,7 +182,7 @@ def training_facts(saved: SavedFolder) -> Facts:
 
 def evaluation_row(evaluation: Evaluation) -> dict[str, str]:
     """One row of the table of scores, in per cent."""
-    floors = sorted((evaluation.floors or {}).items(), key=lambda pair: -pair[1])
+    floors = sorted(evaluation.floors.items(), key=lambda pair: -pair[1])
     interval, frame = evaluation.interval, ""
     if evaluation.box_frame:
         frame = f", frame `{evaluation.box_frame}`"
@@ -200,7 +200,7 @@ def evaluation_row(evaluation: Evaluation) -> dict[str, str]:
 
 def kind_rows(evaluation: Evaluation) -> list[dict[str, str]]:
     """One row for each kind of question, where there are several; kinds of objects may be hundreds."""
-    if evaluation.task == "grounding" or len(evaluation.kinds or {}) < 2:
+    if evaluation.task == "grounding" or len(evaluation.kinds) < 2:
         return []
     return [
         {"task": TASKS[evaluation.task][1], "kind": kind, "items": f"{items}", "score": f"{100 * score:.1f}"}
@@ -227,7 +227,7 @@ def limits(saved: SavedFolder, parts: Sequence[Part]) -> list[str]:
     if not saved.evaluations:
         found.append("It has not been evaluated, or its scores were not saved beside it.")
     for evaluation in saved.evaluations:
-        beaten = [name for name, floor in (evaluation.floors or {}).items() if _reaches(evaluation, floor)]
+        beaten = [name for name, floor in evaluation.floors.items() if _reaches(evaluation, floor)]
         if beaten:
             floors = " and ".join(f"{_FLOORS.get(name, name)} ({100 * evaluation.floors[name]:.1f})" for name in beaten)
             score = f"{TASKS[evaluation.task][1]}: the score of {100 * evaluation.score:.1f}"

@@ -114,7 +114,7 @@ def part_row(part: Part) -> dict[str, str]:
     }
 
 
-def licence_metadata(parts: Sequence[Part]) -> dict[str, str]:
+def licence_metadata(parts: Sequence[Part]) -> dict[str, Any]:
     """The one licence of all parts; `other` where they differ; nothing where one of them is not known."""
     records = origins()["licences"]
     if any(part.licence not in records for part in parts):

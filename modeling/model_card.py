@@ -126,7 +126,8 @@ def save_with_card(model_class: type[PreTrainedModel]) -> None:
             file.write_text(marked(card), encoding="utf-8")
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    model_class.save_pretrained, model_class._upload_modified_files = save_pretrained, upload_modified_files
+    for method in (save_pretrained, upload_modified_files):
+        setattr(model_class, method.__name__, method)
 
 
 def marked(card: ModelCard) -> str:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,11 @@ class Evaluation:
     score: float
     data: str | None = None
     items: int | None = None
-    floors: Mapping[str, float] | None = None
+    floors: Mapping[str, float] = field(default_factory=dict)
     floor_source: str | None = None
     box_frame: str | None = None
     iou_threshold: float | None = None
-    kinds: Mapping[str, tuple[int, float]] | None = None
+    kinds: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -220,7 +220,7 @@ class SavedFolder:
                     score=self.run["accuracy"],
                     data="/".join(Path(str(self.recipe.get("val_folder", ""))).parts[-2:]) or None,
                     items=self.run.get("accuracy_items"),
-                    floors=None if floor is None else {"constant_answer": floor},
+                    floors={} if floor is None else {"constant_answer": floor},
                     floor_source=None if floor is None else "the scored items",
                 )
             )

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .modeling.model_card import CARD_FILE, render_card, write_card
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = Path(options.folder) / CARD_FILE
     if not write_card(options.folder, repo_id=options.repo, force=options.force):
         raise ValueError(f"{file} was written or changed by hand and is left as it is; --force writes over it.")
-    data = render_card(options.folder, repo_id=options.repo).data
+    data: Any = render_card(options.folder, repo_id=options.repo).data
     licence = data.license if data.license != "other" else f"other ({data.license_name})"
     print(f"{file}: {data.pipeline_tag}, licence {licence or 'not known'}, {len(data.eval_results or [])} scores")
     for result in data.eval_results or []:

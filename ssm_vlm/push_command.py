@@ -68,8 +68,8 @@ def _missing(saved: SavedFolder, files: dict[str, Path]) -> list[str]:
     if not saved.weight_files:
         missing.append("model.safetensors")
     if saved.is_vlm:
-        wanted = [("processor_config.json", "preprocessor_config.json"), ("tokenizer.json", "tokenizer.model")]
-        wanted += [("tokenizer_config.json",)]
+        wanted: list[tuple[str, ...]] = [("processor_config.json", "preprocessor_config.json")]
+        wanted += [("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
         missing += [" or ".join(names) for names in wanted if not any(name in files for name in names)]
     return missing + [name for name in saved.code_files if name not in files]
 
