@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from ..configuration.configuration_llava_style import LlavaStyleConfig
 from ..configuration.named_encoders import NamedEncoder, get_named_encoder
@@ -190,8 +191,8 @@ def convert_paper_release(
         connector = _connector(settings, source)
         geometry = _entry(RESIZE_STRATEGIES, settings, "image_resize_strategy", source)
         tensors = _tensors(checkpoint, source)
-        llm_source = language_model or _entry(LANGUAGE_MODELS, settings, "llm_backbone_id", source)
-        text_config, tokenizer = _language_model(str(llm_source), tensors, source)
+        published = _entry(LANGUAGE_MODELS, settings, "llm_backbone_id", source)
+        text_config, tokenizer = _language_model(language_model or published, tensors, source)
         progress("loading the encoder")
         backbone = _load_encoder(encoder, encoder_weights)
 
@@ -210,7 +211,7 @@ def convert_paper_release(
         check_fit(str(source), tensors, model.state_dict())
         model.load_state_dict(tensors, assign=True)
         progress("writing")
-        origin |= {"layout": "paper_vlm", "encoder": encoder.name, "language_model": str(llm_source)}
+        origin |= {"layout": "paper_vlm", "encoder": encoder.name, "language_model": published}
 
         def save(new: Path) -> None:
             model.eval().save_pretrained(new, max_shard_size=SHARD_SIZE)
@@ -388,8 +389,10 @@ def _language_model(llm_source: str, tensors: Mapping[str, torch.Tensor], source
     try:
         config = AutoConfig.from_pretrained(llm_source)
         tokenizer = AutoTokenizer.from_pretrained(llm_source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        if not is_sentencepiece_available() or not is_protobuf_available():
+            reason += "; a tokenizer.model, such as Vicuna's, is read with `pip install sentencepiece protobuf`"
         raise OSError(
             f"Config and tokenizer of the language model cannot be loaded from {llm_source!r} ({reason}). Give the "
             "folder of a download of it: `--language-model DIR`, language_model=DIR."
@@ -404,6 +407,7 @@ def _language_model(llm_source: str, tensors: Mapping[str, torch.Tensor], source
         )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     config.vocab_size, config.pad_token_id = rows, tokenizer.pad_token_id
+    config._name_or_path = ""  # else the folder on this machine is saved with it
     if embeddings is not None:
         config.dtype = embeddings.dtype
     return config, tokenizer

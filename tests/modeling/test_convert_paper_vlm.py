@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 import threading
 from pathlib import Path
@@ -320,6 +321,9 @@ def test_the_whole_folder_is_what_was_in_the_release(toys, llm_folders, tmp_path
     assert config.image_token_id == tokenizer.convert_tokens_to_ids("<image>") == tokenizer.pad_token_id + 1
     origin = json.loads((folder / "origin.json").read_text())
     assert origin["source"] == "toy.tar" and origin["encoder"] == "vmamba_toy.golden" and len(origin["sha256"]) == 64
+    assert origin["language_model"] == "lmsys/vicuna-7b-v1.5"
+    for file in folder.glob("*.json"):
+        assert str(tmp_path.parent) not in file.read_text(), f"{file.name} names a folder of this machine"
 
 
 @pytest.mark.parametrize(
@@ -578,6 +582,19 @@ def test_a_language_model_that_is_not_there(toys, llm_folders, tmp_path):
     ):
         convert_paper_release(
             source, tmp_path / "out", encoder_weights=toys["vmamba-toy"], language_model=str(tmp_path / "no")
+        )
+
+
+def test_a_tokenizer_that_needs_more_packages(toys, llm_folders, tmp_path, monkeypatch):
+    """Vicuna on the Hub has a tokenizer.model only, and Transformers alone then asks for the wrong package."""
+    monkeypatch.setattr(convert_paper_vlm, "is_sentencepiece_available", lambda: False)
+    (tmp_path / "vicuna").mkdir()
+    shutil.copy(llm_folders["first"] / CONFIG, tmp_path / "vicuna")
+    (tmp_path / "vicuna" / "tokenizer.model").write_bytes(b"model")
+    source = release(tmp_path / "toy.tar", llm_folders["first"])
+    with pytest.raises(OSError, match="such as Vicuna's, is read with `pip install sentencepiece protobuf`"):
+        convert_paper_release(
+            source, tmp_path / "out", encoder_weights=toys["vmamba-toy"], language_model=str(tmp_path / "vicuna")
         )
 
 
