@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import ConvNextConfig, BitConfig, SwinConfig, TimmBackboneConfig, ViTConfig
+from transformers import BitConfig, ConvNextConfig, SwinConfig, TimmBackboneConfig, ViTConfig
 
 from ssm_vlm.configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from ssm_vlm.modeling.token_grid import encoder_downsampling, grid_size, num_image_tokens
@@ -92,8 +92,8 @@ def test_steps_stop_at_the_tap(config, steps):
         ("swin_tiny_patch4_window7_224", [2], [[16, "floor"]]),  # takes 224x224 only
     ],
 )
+@pytest.mark.timm
 def test_timm_backbones_are_measured(model, out_indices, steps):
-    pytest.importorskip("timm")
     config = TimmBackboneConfig(backbone=model, out_indices=out_indices)
     assert encoder_downsampling(config) == steps
 
