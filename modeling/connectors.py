@@ -63,7 +63,8 @@ def average_pool(maps: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     Cell i of r, of h rows, is the mean of the rows from floor(i h / r) up to, not including, ceil((i + 1) h / r), and
     likewise for columns; neighbours share a row where r does not divide h.
     """
-    return nn.functional.adaptive_avg_pool2d(maps, tuple(map(min, maps.shape[-2:], grid)))
+    (height, width), (rows, columns) = maps.shape[-2:], grid
+    return nn.functional.adaptive_avg_pool2d(maps, (min(height, rows), min(width, columns)))
 
 
 def pixel_shuffle(maps: torch.Tensor, factor: int) -> torch.Tensor:
@@ -216,22 +217,24 @@ class Connector(nn.Module):
         seed = in_features if seed is None else seed
         self.layers = nn.ModuleList(ConnectorLinear(widths, index, seed) for index in range(len(widths) - 1))
 
-    def reduce(self, features: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    def reduce(self, features: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]] | None) -> list[torch.Tensor]:
         """n tensors [h_i * w_i, C], row by row, to n tensors [h'_i * w'_i, width of the MLP], row by row.
 
         Args:
-            grids: Rows and columns (h_i, w_i) of each image.
+            grids: Rows and columns (h_i, w_i) of each image; None will do where all tokens are kept.
         """
         if self.reduction is None:
             return list(features)
-        reduced: list[torch.Tensor | None] = [None] * len(features)
+        if grids is None:
+            raise ValueError(f"connector={self.name!r} needs the grid of each image, its rows and columns.")
+        reduced: dict[int, torch.Tensor] = {}
         for grid in dict.fromkeys(grids):
             same = [index for index, other in enumerate(grids) if other == grid]
             maps = torch.stack([features[index] for index in same]).transpose(1, 2).unflatten(2, grid)  # [n, C, h, w]
             maps = self.reduction.reduce(maps, self.reduction_value)  # [n, C', h', w']
             for index, tokens in zip(same, maps.flatten(2).transpose(1, 2), strict=True):
                 reduced[index] = tokens
-        return reduced
+        return [reduced[index] for index in range(len(features))]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         hidden = self.layers[0](features)  # [..., width of layer 0]

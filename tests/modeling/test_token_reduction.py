@@ -294,6 +294,8 @@ def test_cached_features_need_the_sizes_of_their_canvases(name):
         model.get_image_features(image_features=cached, image_sizes=inputs["image_sizes"].flip(0))
     with pytest.raises(ValueError, match=r"image_sizes has 1 rows for 2 image\(s\)"):
         model.get_image_features(image_features=cached, image_sizes=inputs["image_sizes"][:1])
+    with pytest.raises(ValueError, match=f"connector='{name}' needs the grid of each image"):
+        model.project(cached)
 
 
 def test_a_processor_of_another_model_is_told():
