@@ -10,8 +10,23 @@ from functools import partial
 
 from transformers import ConvNextConfig, PreTrainedConfig, PvtV2Config, SwinConfig
 
+from .configuration_tapped_timm import TappedTimmConfig
 from .encoder_entry import IN1K_224, NamedEncoder, WeightSource
 from .taps import tapped_config
+
+_HIERA_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def _hiera(size: str) -> TappedTimmConfig:
+    """timm's: the Backbone of Transformers 5.23 leaves out the reordering of Hiera's tokens (see `taps.UNUSABLE`)."""
+    return TappedTimmConfig(
+        backbone=f"hiera_{size}_224",
+        stage_names=_HIERA_STAGES,
+        stage_channels=[96, 192, 384, 768],
+        stage_downsampling=[[4, "ceil"], [2, "ceil"], [2, "ceil"], [2, "ceil"]],
+        only_size=[224, 224],
+        out_features=["stage3"],
+    )
 
 
 def _swin(width: int, depths: list[int], drop_path: float) -> PreTrainedConfig:
@@ -61,6 +76,20 @@ def _convnext_in1k(
     )
 
 
+def _hiera_in1k(size: str, top1: float, parameters: int, flops: int) -> NamedEncoder:
+    tag = "mae_in1k_ft_in1k"
+    return NamedEncoder(
+        f"hiera_{size}.{tag}_224",
+        partial(_hiera, size),
+        IN1K_224,
+        parameters,
+        flops,
+        "CC-BY-NC-4.0",
+        WeightSource("transformers", hub_id=f"timm/hiera_{size}_224.{tag}"),
+        imagenet_top1=top1,
+    )
+
+
 def _pvt_v2_in1k(size: str, depths: list[int], top1: float, parameters: int, flops: int) -> NamedEncoder:
     return NamedEncoder(
         f"pvt_v2_{size}.in1k_224",
@@ -83,6 +112,9 @@ HIERARCHICAL_ENCODERS = [
     _convnext_in1k("base", 128, [3, 3, 27, 3], 0.5, 83.8, parameters=60_122_240, flops=28_020_887_552),
     _pvt_v2_in1k("b2", [3, 4, 6, 3], 82.0, parameters=13_854_144, flops=6_962_923_520),
     _pvt_v2_in1k("b3", [3, 4, 18, 3], 83.1, parameters=33_729_984, flops=12_704_061_440),
+    _hiera_in1k("tiny", 82.8, parameters=13_553_760, flops=8_086_966_272),
+    _hiera_in1k("small", 83.9, parameters=20_651_616, flops=11_097_526_272),
+    _hiera_in1k("base", 84.5, parameters=30_080_640, flops=16_334_696_448),
 ]
 
 __all__ = ["HIERARCHICAL_ENCODERS"]

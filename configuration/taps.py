@@ -63,7 +63,10 @@ NORMED_TAPS |= {"vit_adapter": "trained"}
 """`model_type` of a Backbone that norms its tap -> whether published files hold that norm ("trained") or it
 stays at scale 1 and shift 0 ("neutral"), and so is what the VLM's parameter-free `tap_norm` would do."""
 
-UNUSABLE = {"hiera": "the Backbone of this Transformers version leaves out the reordering of its tokens"}
+UNUSABLE = {
+    "hiera": "the Backbone of this Transformers version leaves out the reordering of its tokens; timm's Hiera can be "
+    "(such as timm/hiera_tiny_224.mae_in1k_ft_in1k)"
+}
 """`model_type` of a Backbone that does not compute what its model computes -> why."""
 
 

@@ -67,8 +67,10 @@ def shrink_vit_adapter(config):
 
 
 def shrink_tapped_timm(config):
-    """MaxViT with windows of one cell; timm's own small models stand in for the other families."""
-    config.backbone, config.grid_multiple = "maxvit_tiny_tf_224", 1
+    """MaxViT with windows of one cell, also for models of one size only (tests/timm_models has them as they are)."""
+    config.backbone, config.grid_multiple, config.only_size = "maxvit_tiny_tf_224", 1, None
+    config.stage_names = ["stem", "stage1", "stage2", "stage3", "stage4"]
+    config.stage_downsampling, config.out_features = [[2, "ceil"]] * 5, config.out_features
     config.model_args = {"img_size": 32, "embed_dim": WIDTHS, "stem_width": 8, "transformer_dim_head": 4}
     config.model_args |= {"depths": [1, 1, 2, 1], "drop_path_rate": 0.1}
     config.stage_channels = [8, *WIDTHS]
