@@ -12,7 +12,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -55,7 +55,7 @@ class Release:
     run: str
     vision_backbone: str
     sha256: str
-    settings: Mapping[str, Any] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 _LAST_BLOCK_OF_STAGE_3 = {"vmamba_feature_stage": 3, "vmamba_feature_layer": 14}
@@ -124,15 +124,14 @@ def _square(side: int) -> dict[str, Any]:
     return {"geometry": f"square_{side}", "size": {"height": side, "width": side}}
 
 
+_SEGMENTATION = {"geometry": "letterbox_corner", "size": {"height": 512, "width": 2048}, "size_divisor": 32}
+
 RESIZE_STRATEGIES: dict[str, dict[str, Any]] = {
     "letterbox": {},  # that of the named encoder: centred for classifiers, in the corner for detectors and segmenters
     "vitdet-detection": {},
     "vmamba-detection": {"geometry": "letterbox_corner", "size_divisor": 32},
-    "vmamba-segmentation": {
-        "geometry": "letterbox_corner",
-        "size": {"height": 512, "width": 2048},
-        "size_divisor": 32,
-    },
+    "vmamba-segmentation": _SEGMENTATION,
+    "vit-adapter-segmentation": _SEGMENTATION,
     "vmamba-classification": {"geometry": "resize_crop", "crop_pct": 0.875},
     "resize-naive": {"geometry": "resize"},
     **{f"letterbox-square-{side}": _square(side) for side in (224, 256, 512, 1024)},
@@ -186,15 +185,19 @@ def convert_paper_release(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.release.") as scratch:
         progress("reading")
-        settings, origin, checkpoint = (_read_folder if source.is_dir() else _read_tar)(source, Path(scratch))
+        settings, origin = _settings(source)
         encoder = _named_encoder(settings, source)
         connector = _connector(settings, source)
         geometry = _entry(RESIZE_STRATEGIES, settings, "image_resize_strategy", source)
-        tensors = _tensors(checkpoint, source)
         published = _entry(LANGUAGE_MODELS, settings, "llm_backbone_id", source)
-        text_config, tokenizer = _language_model(language_model or published, tensors, source)
-        progress("loading the encoder")
+        progress("loading the encoder and the tokenizer")
+        text_config, tokenizer = _language_model(language_model or published)
         backbone = _load_encoder(encoder, encoder_weights)
+        progress("unpacking")
+        tensors = _tensors(_checkpoint(source, Path(scratch)), source)
+        rows = _vocabulary(tensors, tokenizer, source)
+        text_config.vocab_size, text_config.pad_token_id = len(rows), tokenizer.pad_token_id
+        text_config.dtype = rows.dtype
 
         image_processor = LlavaStyleImageProcessor(**image_processor_arguments(encoder.name) | geometry)
         processor = LlavaStyleProcessor(image_processor, tokenizer, chat_template=vicuna_template(tokenizer))
@@ -225,33 +228,11 @@ def convert_paper_release(
 # --- what is in the archive ----------------------------------------------------------------------------------------
 
 
-def _read_folder(source: Path, scratch: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    if not (source / CONFIG).is_file() or not (source / CHECKPOINT).is_file():
-        raise FileNotFoundError(f"The folder {str(source)!r} lacks {CONFIG} or {CHECKPOINT}: {_FORM}.")
-    return *_settings((source / CONFIG).read_bytes(), source, source.name, sha256=None), source / CHECKPOINT
-
-
-def _read_tar(source: Path, scratch: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """Settings of the release and its checkpoint, unpacked into `scratch`; nothing else of the archive is written."""
-    if not source.is_file():
-        raise FileNotFoundError(f"There is no file {str(source)!r}.")
+def _open(source: Path) -> tarfile.TarFile:
     try:
-        with tarfile.open(source) as archive:
-            members = _members(archive, source)
-            text = archive.extractfile(members[CONFIG]).read(_MOST_CONFIG_BYTES)
-            settings, origin = _settings(text, source, source.stem, sha256=file_sha256(source))
-            needed, free = members[CHECKPOINT].size, shutil.disk_usage(scratch).free
-            if 2 * needed > free:
-                raise OSError(
-                    f"{str(scratch.parent)!r} has {free / 1e9:.1f} GB of free space, but {2 * needed / 1e9:.1f} GB are "
-                    f"needed: the checkpoint in {str(source)!r} is unpacked there and written anew."
-                )
-            checkpoint = scratch / "checkpoint.pt"
-            with archive.extractfile(members[CHECKPOINT]) as packed, checkpoint.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 1 << 24)
+        return tarfile.open(source)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{str(source)!r} is not a whole tar file: {error}.") from error
-    return settings, origin, checkpoint
 
 
 def _members(archive: tarfile.TarFile, source: Path) -> dict[str, tarfile.TarInfo]:
@@ -303,7 +284,7 @@ def _settings(text: bytes, source: Path, name: str, sha256: str | None) -> tuple
                 "image_resize_strategy": "letterbox",
                 "arch_specifier": "no-align+gelu-mlp",
                 "llm_backbone_id": "vicuna-v15-7b",
-                **dict(release.settings),
+                **release.settings,
             }
     return settings, {"source": source.name, "sha256": sha256}
 
@@ -345,7 +326,7 @@ def _load_encoder(encoder: NamedEncoder, source: str | PathLike | None) -> PreTr
         return load_encoder(encoder.name)
     if is_transformers_folder(Path(source)):
         whole = read_transformers(source)
-        hold_to_named(encoder, whole.state_dict(), type(whole), whole.config, str(source))
+        hold_to_named(encoder, whole.config, str(source))
         return tap_whole(whole.state_dict(), type(whole), encoder.config(), str(source))
     published = read_named(encoder, source)
     return tap_whole(published.tensors, published.model_class, encoder.config(), str(source))

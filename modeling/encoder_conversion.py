@@ -75,7 +75,7 @@ def convert_published(
         layout, discarded = "transformers", []
         model = read_transformers(source)
         if named is not None:
-            hold_to_named(named, model.state_dict(), type(model), model.config, str(source))
+            hold_to_named(named, model.config, str(source))
     else:
         published = read_published(source) if named is None else read_named(named, source)
         layout, discarded, model = published.layout, published.discarded, published.model()

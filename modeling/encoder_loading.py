@@ -26,7 +26,7 @@ from ..configuration.named_encoders import ENCODERS, NamedEncoder, get_named_enc
 from ..configuration.taps import tapped_config, vision_part
 from ..configuration.timm_stages import tapped_timm_config
 from .checkpoint_layout import StateDict
-from .checkpoint_report import check_same_architecture, report_misfit
+from .checkpoint_report import check_fit, check_same_architecture, report_misfit
 from .published_weights import PublishedWeights, on_meta, read_published
 from .timm_backbones import load_timm_encoder, names_in_whole
 
@@ -91,26 +91,31 @@ def read_named(encoder: NamedEncoder, source: str | PathLike) -> PublishedWeight
         ValueError: naming what differs.
     """
     published = read_published(source, encoder)
-    hold_to_named(encoder, published.tensors, published.model_class, published.config, str(source))
+    hold_to_named(encoder, published.config, str(source))
     return published
 
 
-def hold_to_named(
-    encoder: NamedEncoder,
-    tensors: Mapping[str, torch.Tensor],
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    where: str,
-) -> None:
-    """Raises ValueError unless a whole model, tapped where the named encoder is, is that encoder."""
+def hold_to_named(encoder: NamedEncoder, config: PreTrainedConfig, where: str) -> None:
+    """Holds a whole model, by its config, to a named encoder: the keys and shapes up to the tap, and what none shows.
+
+    Raises:
+        ValueError: naming what differs.
+    """
     expected = encoder.config()
     family = (expected.vision_config if expected.model_type == "hidden_state_backbone" else expected).model_type
     family = "timm_wrapper" if family == "tapped_timm" else family
     if vision_part(config).model_type != family:
         raise ValueError(f"{where} holds a {config.model_type!r} model, but {encoder.name!r} is a {family!r} model.")
-    tapped = on_meta(AutoBackbone._model_mapping[type(expected)], expected)
-    _tensors_of(tapped, tensors, model_class, where)
-    check_same_architecture(where, tapped_config(config, expected.out_features[-1]), expected)
+    try:
+        tapped = tapped_config(config, expected.out_features[-1])
+    except ValueError:  # a model without this tap: it lacks the keys up to it
+        tapped = tapped_config(config)
+    check_fit(where, _on_meta(tapped).state_dict(), _on_meta(expected).state_dict())
+    check_same_architecture(where, tapped, expected)
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    return on_meta(AutoBackbone._model_mapping[type(config)], config)
 
 
 def read_transformers(source: str | PathLike) -> PreTrainedModel:
@@ -243,7 +248,7 @@ def _load_whole(encoder: NamedEncoder, source: str, tap: str | None) -> PreTrain
         check_same_architecture(source, saved, expected)
         return _load_saved(source, tap)
     tensors, model_class, whole_config = _read_tensors(source)
-    hold_to_named(encoder, tensors, model_class, whole_config, source)
+    hold_to_named(encoder, whole_config, source)
     config = expected if tap is None else tapped_config(whole_config, tap)
     return tap_whole(tensors, model_class, config, source)
 
@@ -262,10 +267,10 @@ def tap_whole(
     Raises:
         ValueError: naming tensors that the Backbone needs and the whole model lacks, or has in another shape.
     """
-    backbone_class = AutoBackbone._model_mapping[type(config)]
-    picked = _tensors_of(on_meta(backbone_class, config), tensors, model_class, where)
+    tapped = _on_meta(config)
+    picked = _tensors_of(tapped, tensors, model_class, where)
     dtype = next(tensor.dtype for tensor in picked.values() if tensor.is_floating_point())
-    return backbone_class.from_pretrained(None, config=config, state_dict=picked, dtype=dtype).eval()
+    return type(tapped).from_pretrained(None, config=config, state_dict=picked, dtype=dtype).eval()
 
 
 def _tensors_of(

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -22,7 +23,7 @@ def describe(conversion: Conversion, encoder: str | None) -> str:
     lines = {
         "class": type(model).__name__,
         "named": encoder or ", ".join(names[:4]) + ("" if len(names) < 5 else ", ...") or "no encoder of the table",
-        "stages": " ".join(name for name in getattr(model.config, "stage_names", None) or () if name != "stem"),
+        "taps": _taps(model.config),
         "parameters": f"{parameters:,}",
         "left out": f"{len(conversion.discarded)} tensors of the source",
         "pictures": f"as for {conversion.preprocessing}" if conversion.preprocessing else "as for the source",
@@ -31,6 +32,13 @@ def describe(conversion: Conversion, encoder: str | None) -> str:
     if encoder is None and conversion.preprocessing and len(names) != 1:
         shown += "\n  (with --encoder NAME the source is held to that encoder, and pictures are prepared as it needs)"
     return f"{conversion.folder}\n{shown}"
+
+
+def _taps(config: Any) -> str:
+    """Names that `vision_tap` may have; of a plain transformer the first and the last."""
+    names = getattr(config, "stage_names", None) or ()
+    blocks = getattr(config, "num_hidden_layers", None)
+    return " ".join(names) if len(names) > 1 else f"block1 to block{blocks}" if blocks else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -89,7 +89,7 @@ def test_a_classification_file(convert):
     for line in (
         "class      SSMVisionForImageClassification",
         "named      no encoder",
-        "stages     stage1 stage2 stage3",
+        "taps       stem stage1 stage2 stage3 stage4",
     ):
         assert line in shown
     logits = AutoModelForImageClassification.from_pretrained(folder).eval()(io["input.1"]).logits
@@ -128,8 +128,16 @@ def test_a_file_of_another_variant_is_refused_by_keys_and_shapes(convert):
     weights, _ = golden("vmamba_v2_ratio2")
     status, shown, folder = convert({"model": weights}, "--encoder", NAME)
     assert status == 1 and not folder.exists()
-    assert "does not fit: it lacks stages.0.blocks.1." in shown and "and " in shown
+    assert (
+        "does not fit: it lacks stages.0.blocks.1.mixer.a_log, " in shown and " more; it has another shape for" in shown
+    )
     assert "has another shape for stages.0.blocks.0.mixer.a_log (4, 16, 1) instead of (4, 192, 1)" in shown
+
+
+def test_a_file_with_more_blocks_than_the_named_encoder_is_refused_by_its_keys(convert):
+    deeper = published_vmamba(96, (2, 2, 8, 2))
+    status, shown, _ = convert({"model": deeper}, "--encoder", "vmamba_tiny_s2l5.in1k_224")
+    assert status == 1 and "does not fit: it has undeclared stages.2.blocks.5.mixer.a_log, " in shown
 
 
 def test_files_that_cannot_be_meant(convert, tmp_path):
@@ -199,7 +207,9 @@ def test_push(convert, monkeypatch):
     pushed = []
 
     def push_folder(folder, repo_id):
-        pushed.append((sorted(file.name for file in folder.iterdir() if file.suffix in (".json", ".safetensors")), repo_id))
+        pushed.append(
+            (sorted(file.name for file in folder.iterdir() if file.suffix in (".json", ".safetensors")), repo_id)
+        )
         return f"https://huggingface.co/{repo_id}"
 
     monkeypatch.setattr("ssm_vlm.push_command.push_folder", push_folder)
