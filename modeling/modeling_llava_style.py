@@ -338,8 +338,23 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         )
 
 
+class LlavaStyleWithoutLogits(LlavaStyleModel):
+    """A view of a `LlavaStyleForConditionalGeneration`, sharing all its state, whose call stops before the logits."""
+
+    def __init__(self, model: "LlavaStyleForConditionalGeneration"):
+        self.__dict__ = model.__dict__
+
+    def __call__(self, *args, **kwargs) -> LlavaModelOutputWithPast:
+        return LlavaStyleModel.forward(self, *args, **kwargs)  # even where a trainer has replaced `model.forward`
+
+
 class LlavaStyleForConditionalGeneration(LlavaStyleModel, GenerationMixin):
     """Answers text about images with text. Arguments as in `LlavaStyleModel`."""
+
+    @property
+    def base_model(self) -> LlavaStyleWithoutLogits:
+        """What gives hidden states: trainers that project and score them themselves (trl) call it."""
+        return LlavaStyleWithoutLogits(self)
 
     def __init__(
         self,
