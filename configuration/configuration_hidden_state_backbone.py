@@ -23,6 +23,7 @@ class HiddenStateFamily:
         fixed_size: config -> whether only pictures of the size that the model was made for can be read.
         drop: attributes of the stock model that only work after the last block (poolers); set to None.
         overrides: config fields that switch off parts which the tap never uses (heads, mask tokens, masking).
+        stock_class: name in Transformers of the model, where its `AutoModel` does not know the `model_type`.
     """
 
     final_norm: str = "layernorm"
@@ -31,6 +32,7 @@ class HiddenStateFamily:
     fixed_size: Callable[[Any], bool] = lambda config: False
     drop: tuple[str, ...] = ()
     overrides: dict[str, Any] = field(default_factory=dict)
+    stock_class: str | None = None
 
 
 def _cls_and_registers(config: Any) -> int:
@@ -50,6 +52,11 @@ HIDDEN_STATE_FAMILIES: dict[str, HiddenStateFamily] = {
     "ijepa": HiddenStateFamily(num_prefix_tokens=lambda config: 0, drop=("pooler",)),
     "clip_vision_model": _CLIP,
     "chinese_clip_vision_model": _CLIP,
+    "metaclip_2_vision_model": HiddenStateFamily("post_layernorm", stock_class="MetaClip2VisionModel"),
+    "altclip_vision_model": HiddenStateFamily("post_layernorm", stock_class="AltCLIPVisionModel"),
+    "clipseg_vision_model": HiddenStateFamily("post_layernorm", stock_class="CLIPSegVisionModel"),
+    "blip_vision_model": HiddenStateFamily("post_layernorm", stock_class="BlipVisionModel"),
+    "blip_2_vision_model": HiddenStateFamily("post_layernorm", stock_class="Blip2VisionModel"),
     "mlcd_vision_model": HiddenStateFamily("post_layernorm", takes_interpolation=False),
     "siglip_vision_model": HiddenStateFamily("post_layernorm", lambda config: 0, overrides={"vision_use_head": False}),
     "siglip2_vision_model": HiddenStateFamily(

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
@@ -68,7 +69,10 @@ class HiddenStateBackbone(BackboneMixin, PreTrainedModel):
             stock_config.drop_path_rate *= (config.num_blocks - 1) / max(whole - 1, 1)
         for name, value in family.overrides.items():
             setattr(stock_config, name, value)
-        self.vision_model = AutoModel.from_config(stock_config)
+        if family.stock_class is None:
+            self.vision_model = AutoModel.from_config(stock_config)
+        else:
+            self.vision_model = getattr(transformers, family.stock_class)._from_config(stock_config)
         for name in family.drop:
             setattr(self.vision_model, name, None)
         self.norm = getattr(self.vision_model, family.final_norm) if config.apply_final_norm else nn.Identity()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoBackbone,
@@ -51,6 +52,14 @@ NORMLESS = {"beit", "data2vec-vision"}
 """Families whose published configs pool the mean and norm only that."""
 
 
+def whole_model(model_type):
+    """The stock model, all blocks, norm and pooler included."""
+    torch.manual_seed(0)
+    name = HIDDEN_STATE_FAMILIES[model_type].stock_class
+    stock = STOCK[model_type]
+    return (AutoModel.from_config(stock) if name is None else getattr(transformers, name)(stock)).eval()
+
+
 def build(stock, **kwargs):
     torch.manual_seed(0)
     backbone = HiddenStateBackbone(HiddenStateBackboneConfig(vision_config=stock, **kwargs)).eval()
@@ -95,7 +104,7 @@ class TestEveryFamily:
     def test_features_are_the_whole_stock_models_hidden_state(self, model_type, tap_layer, size):
         """Held to the model as Transformers builds it, all blocks, norm and pooler included."""
         backbone = build(STOCK[model_type], tap_layer=tap_layer)
-        stock = AutoModel.from_config(STOCK[model_type]).eval()
+        stock = whole_model(model_type)
         weights = {key.removeprefix("vision_model."): t for key, t in backbone.state_dict().items()}
         info = stock.load_state_dict(weights, strict=False)
         assert not info.unexpected_keys
@@ -111,8 +120,7 @@ class TestEveryFamily:
         assert not torch.allclose(backbone(pixels.flip(3)).feature_maps[-1], expected, atol=1e-2)
 
     def test_a_saved_whole_model_is_loaded_up_to_its_tap(self, model_type, tmp_path):
-        torch.manual_seed(0)
-        stock = AutoModel.from_config(STOCK[model_type]).eval()
+        stock = whole_model(model_type)
         stock.save_pretrained(tmp_path)
         encoder, pixels = load_encoder(tmp_path), torch.randn(1, 3, 32, 40)
         assert encoder.config.out_features == ["block3"]
@@ -201,7 +209,7 @@ def test_gradient_checkpointing_gives_equal_gradients():
     [
         (
             {"vision_config": ResNetConfig()},
-            "cannot wrap a vision_config of model_type 'resnet'; it knows aimv2_vision_model, beit, ",
+            "cannot wrap a vision_config of model_type 'resnet'; it knows aimv2_vision_model, altclip_",
         ),
         ({"vision_config": ViTConfig(**SMALL), "tap_layer": 4}, r"tap_layer 4 is outside the 4 blocks.*-4 to 3"),
         ({"vision_config": ViTConfig(**SMALL), "tap_layer": -5}, "tap_layer -5 is outside the 4 blocks"),
@@ -252,6 +260,7 @@ COMPOSITES = {
     "siglip": {"vision_config": SMALL, "text_config": TEXT},
     "aimv2": {"vision_config": SMALL | {"is_native": True}, "text_config": TEXT},
     "chinese_clip": {"vision_config": SMALL, "text_config": TEXT},
+    "metaclip_2": {"vision_config": SMALL, "text_config": TEXT},
     "llava": {
         "vision_config": STOCK["clip_vision_model"],
         "text_config": LlamaConfig(**TEXT),
