@@ -8,13 +8,11 @@ release's own loader puts over what `config.json` says.
 """
 
 import json
-import shutil
-import tarfile
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +31,8 @@ from .image_processing_llava_style import LlavaStyleImageProcessor
 from .modeling_llava_style import LlavaStyleForConditionalGeneration
 from .processing_llava_style import LlavaStyleProcessor
 from .published_weights import on_meta
+from .release_archive import CHECKPOINT, CONFIG, read_config, unpack_checkpoint
 from .saved_folder import ORIGIN_FILE
-
-CONFIG = "config.json"
-CHECKPOINT = "checkpoints/latest-checkpoint.pt"
-_FORM = f"a release is a tar, or the folder that was in it, with {CONFIG} and {CHECKPOINT}"
-_MOST_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -141,14 +135,10 @@ RESIZE_STRATEGIES: dict[str, dict[str, Any]] = {
 CONNECTORS: dict[str, str] = {"linear": "linear", "gelu-mlp": "mlp2", "fused-gelu-mlp": "mlp3"}
 """`arch_specifier` of the release, without "no-align+" in front -> our connector."""
 
+IMAGE_TOKEN = "<image>"
+
 LANGUAGE_MODELS: dict[str, str] = {"vicuna-v15-7b": "lmsys/vicuna-7b-v1.5"}
 """`llm_backbone_id` of the release -> Hub id of its config and tokenizer."""
-
-
-def is_paper_release(source: str | PathLike) -> bool:
-    """Whether this is a tar, or a folder with a release's checkpoint in it."""
-    source = Path(source)
-    return (source / CHECKPOINT).is_file() or (source.is_file() and tarfile.is_tarfile(source))
 
 
 def convert_paper_release(
@@ -194,7 +184,7 @@ def convert_paper_release(
         text_config, tokenizer = _language_model(language_model or published)
         backbone = _load_encoder(encoder, encoder_weights)
         progress("unpacking")
-        tensors = _tensors(_checkpoint(source, Path(scratch)), source)
+        tensors = _tensors(unpack_checkpoint(source, Path(scratch)), source)
         rows = _vocabulary(tensors, tokenizer, source)
         text_config.vocab_size, text_config.pad_token_id = len(rows), tokenizer.pad_token_id
         text_config.dtype = rows.dtype
@@ -225,52 +215,24 @@ def convert_paper_release(
     return folder
 
 
-# --- what is in the archive ----------------------------------------------------------------------------------------
+# --- what it says ---------------------------------------------------------------------------------------------------
 
 
-def _open(source: Path) -> tarfile.TarFile:
-    try:
-        return tarfile.open(source)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{str(source)!r} is not a whole tar file: {error}.") from error
-
-
-def _members(archive: tarfile.TarFile, source: Path) -> dict[str, tarfile.TarInfo]:
-    """The two files of a release, at the top or inside one folder, of an archive of plain files and folders only."""
-    found: dict[str, tarfile.TarInfo] = {}
-    for member in archive:
-        path = PurePosixPath(member.name)
-        if path.is_absolute() or ".." in path.parts or "\\" in member.name:
-            raise ValueError(f"{str(source)!r} is not safe: its member {member.name!r} lies outside of the archive.")
-        if not (member.isreg() or member.isdir()):
-            raise ValueError(
-                f"{str(source)!r} is not safe: its member {member.name!r} is a link or a device, where a release has "
-                "files and folders only."
-            )
-        for name in (CONFIG, CHECKPOINT):
-            inside = path.parts[-len(PurePosixPath(name).parts) :] == PurePosixPath(name).parts
-            if member.isreg() and inside and len(path.parts) <= len(PurePosixPath(name).parts) + 1:
-                if name in found:
-                    raise ValueError(f"{str(source)!r} holds {name} twice: {found[name].name!r} and {member.name!r}.")
-                found[name] = member
-    for name in (CONFIG, CHECKPOINT):
-        if name not in found:
-            raise ValueError(f"{str(source)!r} holds no {name}: {_FORM}.")
-    return found
-
-
-def _settings(text: bytes, source: Path, name: str, sha256: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _settings(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`config.json` of a release as its own loader reads it, and where the release comes from.
 
     The tar of a known release must be that very file.
     """
+    text = read_config(source)
     try:
         config = json.loads(text)
         settings = dict(config["model"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{CONFIG} in {str(source)!r} is not that of a release: it needs a dict 'model'.") from error
+    sha256 = None if source.is_dir() else file_sha256(source)
     for key in ("vmamba_feature_stage", "vmamba_feature_layer"):
         settings[key] = config.get(key) if settings.get(key) is None else settings[key]
+    name = source.name if source.is_dir() else source.stem
     claims = {name, settings.get("model_id"), config.get("run_id")}
     for public_id, release in RELEASES.items():
         if claims & {public_id, release.run}:
@@ -287,9 +249,6 @@ def _settings(text: bytes, source: Path, name: str, sha256: str | None) -> tuple
                 **release.settings,
             }
     return settings, {"source": source.name, "sha256": sha256}
-
-
-# --- what it says ---------------------------------------------------------------------------------------------------
 
 
 def _entry(table: Mapping[str, Any], settings: Mapping[str, Any], key: str, source: Path) -> Any:
@@ -323,7 +282,14 @@ def _named_encoder(settings: Mapping[str, Any], source: Path) -> NamedEncoder:
 def _load_encoder(encoder: NamedEncoder, source: str | PathLike | None) -> PreTrainedModel:
     """The named encoder, tapped, out of a published file, a converted folder or the Hub."""
     if source is None:
-        return load_encoder(encoder.name)
+        try:
+            return load_encoder(encoder.name)
+        except OSError as error:
+            file = encoder.weights.url or f"https://huggingface.co/{encoder.weights.hub_id}"
+            raise OSError(
+                f"The weights of {encoder.name!r}, which no release of the paper holds, are not to be had: download "
+                f"{file} and give it, `--encoder-weights FILE`, encoder_weights=FILE."
+            ) from error
     if is_transformers_folder(Path(source)):
         whole = read_transformers(source)
         hold_to_named(encoder, whole.config, str(source))
@@ -365,8 +331,8 @@ def _connector_key(key: str) -> str:
     return f"projector {key}"
 
 
-def _language_model(llm_source: str, tensors: Mapping[str, torch.Tensor], source: Path) -> tuple[PreTrainedConfig, Any]:
-    """Config and tokenizer of the language model, with <PAD> and embeddings as the release made them."""
+def _language_model(llm_source: str) -> tuple[PreTrainedConfig, Any]:
+    """Config of the language model, and its tokenizer with two tokens that it lacks: the paper's <PAD>, and ours."""
     try:
         config = AutoConfig.from_pretrained(llm_source)
         tokenizer = AutoTokenizer.from_pretrained(llm_source)
@@ -378,20 +344,24 @@ def _language_model(llm_source: str, tensors: Mapping[str, torch.Tensor], source
             f"Config and tokenizer of the language model cannot be loaded from {llm_source!r} ({reason}). Give the "
             "folder of a download of it: `--language-model DIR`, language_model=DIR."
         ) from error
-    tokenizer.add_special_tokens({"pad_token": "<PAD>"})
-    rows = -(-len(tokenizer) // 64) * 64
-    embeddings = tensors.get("language_model.model.embed_tokens.weight")
-    if embeddings is not None and len(embeddings) != rows:
-        raise ValueError(
-            f"The embeddings in {str(source)!r} have {len(embeddings)} rows, but the tokenizer in {llm_source!r} and "
-            f"<PAD> make {rows}, a multiple of 64: it is that of another language model."
-        )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    config.vocab_size, config.pad_token_id = rows, tokenizer.pad_token_id
     config._name_or_path = ""  # else the folder on this machine is saved with it
-    if embeddings is not None:
-        config.dtype = embeddings.dtype
+    tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return config, tokenizer
+
+
+def _vocabulary(tensors: Mapping[str, torch.Tensor], tokenizer: Any, source: Path) -> torch.Tensor:
+    """The embeddings [rows, width], which the release padded to a multiple of 64 rows, for its tokenizer and <PAD>."""
+    embeddings = tensors.get("language_model.model.embed_tokens.weight")
+    if embeddings is None:
+        raise ValueError(f"{CHECKPOINT} in {str(source)!r} holds no embeddings, llm.model.embed_tokens.weight.")
+    rows = -(-(len(tokenizer) - 1) // 64) * 64  # of all tokens but ours for a picture
+    if len(embeddings) != rows:
+        raise ValueError(
+            f"The embeddings in {str(source)!r} have {len(embeddings)} rows, but the tokenizer of the language model "
+            f"and <PAD> make {rows}, a multiple of 64: it is that of another language model."
+        )
+    return embeddings
 
 
 __all__ = [
@@ -402,5 +372,4 @@ __all__ = [
     "VISION_BACKBONES",
     "Release",
     "convert_paper_release",
-    "is_paper_release",
 ]

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
-from .modeling.convert_paper_vlm import convert_paper_release, is_paper_release
+from .modeling.convert_paper_vlm import convert_paper_release
 from .modeling.encoder_conversion import Conversion, convert_published
+from .modeling.release_archive import is_paper_release
 
 _STEPS = 4
 

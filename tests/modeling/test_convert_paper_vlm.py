@@ -36,19 +36,13 @@ from ssm_vlm.cli import main as command
 from ssm_vlm.configuration.encoder_entry import IMAGENET, NamedEncoder, Preprocessing, WeightSource
 from ssm_vlm.configuration.named_encoders import ENCODERS
 from ssm_vlm.configuration.taps import tapped_config
-from ssm_vlm.modeling import convert_paper_vlm
-from ssm_vlm.modeling.convert_paper_vlm import (
-    CHECKPOINT,
-    CONFIG,
-    RELEASES,
-    VISION_BACKBONES,
-    convert_paper_release,
-    is_paper_release,
-)
+from ssm_vlm.modeling import convert_paper_vlm, release_archive
+from ssm_vlm.modeling.convert_paper_vlm import RELEASES, VISION_BACKBONES, convert_paper_release
 from ssm_vlm.modeling.convert_vmamba import VMAMBA_LAYOUT
 from ssm_vlm.modeling.encoder_conversion import convert_encoder
 from ssm_vlm.modeling.layouts import LAYOUTS
 from ssm_vlm.modeling.own_backbones import build_backbone
+from ssm_vlm.modeling.release_archive import CHECKPOINT, CONFIG, is_paper_release
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -535,7 +529,7 @@ WRONG = {
     ),
     "tokenizer of another language model": (
         lambda c, g: g.update(language_model=LlamaForCausalLM(llama(64))),
-        r"have 64 rows, but the tokenizer in .* and <PAD> make \d+, a multiple of 64",
+        r"have 64 rows, but the tokenizer of the language model and <PAD> make \d+, a multiple of 64",
     ),
     "unknown encoder": (
         settings(vision_backbone_id="clip-vit-l"),
@@ -583,6 +577,15 @@ def test_a_language_model_that_is_not_there(toys, llm_folders, tmp_path):
         convert_paper_release(
             source, tmp_path / "out", encoder_weights=toys["vmamba-toy"], language_model=str(tmp_path / "no")
         )
+
+
+def test_weights_of_the_encoder_that_are_not_there(toys, llm_folders, tmp_path):
+    source = release(tmp_path / "toy.tar", llm_folders["first"])
+    llm = str(llm_folders["first"])
+    with pytest.raises(OSError, match=r"'vmamba_toy.golden', which no release .* download x and give it, `--encoder-w"):
+        convert_paper_release(source, tmp_path / "out", language_model=llm)
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint file"):
+        convert_paper_release(source, tmp_path / "out", encoder_weights=tmp_path / "no.pth", language_model=llm)
 
 
 def test_a_tokenizer_that_needs_more_packages(toys, llm_folders, tmp_path, monkeypatch):
@@ -666,7 +669,7 @@ def test_a_truncated_archive_and_a_full_disk(toys, llm_folders, tmp_path, monkey
         convert_paper_release(source, tmp_path / "out", encoder_weights=toys["vmamba-toy"], language_model=llm)
     source.write_bytes(whole)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(convert_paper_vlm.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(release_archive.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="GB of free space, but .* are needed"):
         convert_paper_release(source, tmp_path / "out", encoder_weights=toys["vmamba-toy"], language_model=llm)
 
