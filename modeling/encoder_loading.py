@@ -9,6 +9,7 @@ neutral.
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,6 +30,10 @@ from .checkpoint_layout import StateDict
 from .checkpoint_report import check_fit, check_same_architecture, report_misfit
 from .published_weights import PublishedWeights, on_meta, read_published
 from .timm_backbones import load_timm_encoder, names_in_whole
+
+_BACKBONES: Any = AutoBackbone._model_mapping
+_MODELS: Any = AutoModel._model_mapping
+"""Config class -> model class, of stock and registered families; read lazily by Transformers."""
 
 _NEUTRAL_NORMS = ("hidden_states_norms.", "swin.layernorm.")
 """Norms that Transformers' backbones put behind a tap, by the beginnings of their names. `swin.layernorm` is behind the
@@ -115,7 +120,7 @@ def hold_to_named(encoder: NamedEncoder, config: PreTrainedConfig, where: str) -
 
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    return on_meta(AutoBackbone._model_mapping[type(config)], config)
+    return on_meta(_BACKBONES[type(config)], config)
 
 
 def read_transformers(source: str | PathLike) -> PreTrainedModel:
@@ -136,15 +141,16 @@ def _read_what_is_there(source: str | PathLike) -> tuple[PreTrainedModel, set[st
     """The same, and which of its tensors are not in the source but random: poolers, often."""
     config = _saved_config(source)
     part, saved_class = vision_part(config), _saved_class(config)
-    if part is config:
-        model, info = saved_class.from_pretrained(source, output_loading_info=True)
-        unexpected = info["unexpected_keys"]
-    else:
-        model, info = _part_class(on_meta(saved_class, config), part).from_pretrained(
-            source, config=part, key_mapping={_PART_PREFIX: ""}, output_loading_info=True
-        )
+    model_class: Any = saved_class
+    options: dict[str, Any] = {}
+    if part is not config:
+        model_class = _part_class(on_meta(saved_class, config), part)
+        options = {"config": part, "key_mapping": {_PART_PREFIX: ""}}
+    model, info = model_class.from_pretrained(source, output_loading_info=True, **options)
+    unexpected = info["unexpected_keys"]
+    if part is not config:  # the rest of the composite is no part of the vision model
         own = {key.partition(".")[0] for key in model.state_dict()}
-        unexpected = [key for key in info["unexpected_keys"] if key.partition(".")[0] in own]
+        unexpected = [key for key in unexpected if key.partition(".")[0] in own]
     report_misfit(str(source), missing=(), unexpected=unexpected, misshaped=info["mismatched_keys"])
     return model.eval(), info["missing_keys"]
 
@@ -161,7 +167,7 @@ def _part_class(whole: PreTrainedModel, part: PreTrainedConfig) -> type[PreTrain
     for module in whole.modules():
         if isinstance(module, PreTrainedModel) and type(module.config) is type(part):
             return type(module)
-    return AutoModel._model_mapping[type(part)]
+    return _MODELS[type(part)]
 
 
 def _saved_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -174,8 +180,8 @@ def _saved_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
                     return candidate
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    if type(config) in AutoModel._model_mapping:
-        return AutoModel._model_mapping[type(config)]
+    if type(config) in _MODELS:
+        return _MODELS[type(config)]
     raise ValueError(f"A {config.model_type!r} checkpoint is of no model class that is known here.")
 
 
@@ -191,10 +197,10 @@ def _saved_config(source: str | PathLike) -> PreTrainedConfig:
 
 def _is_tapped(config: PreTrainedConfig) -> bool:
     """Whether this is the config of a saved Backbone with a tap; one that returns every stage is a whole model."""
-    if type(config) not in AutoBackbone._model_mapping:
+    if type(config) not in _BACKBONES:
         return False
     stages = [name for name in config.stage_names or () if name != "stem"]
-    is_backbone = AutoBackbone._model_mapping[type(config)].__name__ in (config.architectures or ())
+    is_backbone = _BACKBONES[type(config)].__name__ in (config.architectures or ())
     return is_backbone and (config.out_features != stages or len(stages) == 1)
 
 

@@ -59,12 +59,11 @@ def read_published(source: str | PathLike, encoder: NamedEncoder | None = None) 
         ValueError: it is damaged or of another kind; keys and shapes that do not fit are named.
     """
     where = str(source)
-    tensors = read_state_dict(source, encoder and encoder.weights.sha256)
+    named = encoder.weights if encoder is not None else None
+    tensors = read_state_dict(source, named.sha256 if named is not None else None)
     layout = recognise_layout(tensors, where)
-    if encoder is not None and encoder.weights.layout != layout:
-        raise ValueError(
-            f"{where} is in the layout {layout!r}, but {encoder.name!r} comes in {encoder.weights.layout!r}."
-        )
+    if encoder is not None and named is not None and named.layout != layout:
+        raise ValueError(f"{where} is in the layout {layout!r}, but {encoder.name!r} comes in {named.layout!r}.")
     rules = LAYOUTS[layout]
     try:
         model_class, config = rules.infer(tensors)

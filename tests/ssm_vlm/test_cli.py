@@ -33,7 +33,7 @@ def test_every_command_is_there_and_explains_itself(name, capsys):
     assert callable(importlib.import_module(cli.COMMANDS[name][0]).main)
     with pytest.raises(SystemExit) as end:
         cli.main([name, "--help"])
-    assert end.value.code == 0 and "usage:" in capsys.readouterr().out
+    assert end.value.code == 0 and "usage:" in capsys.readouterr().out.lower()
 
 
 def test_the_help_of_a_command_shows_how_to_call_it(capsys):
