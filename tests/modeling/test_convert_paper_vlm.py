@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaTokenizer,
 )
+from transformers.utils import is_timm_available
 
 from ssm_vlm import (
     LlavaStyleForConditionalGeneration,
@@ -68,6 +69,9 @@ CASES = {  # by vision_backbone_id
     "in1k-toy-vit": Toy("vit_timm", "timm_vit", "block2", "letterbox", (64, 64), "input.0", "block2.0", 32),
     "mambavision-toy-s3": Toy(
         "mambavision", "mambavision", "stage2_downsampled", "letterbox", (80, 80), "input.0", "level1.0", 64
+    ),
+    "in1k-toy-maxvit-s3": Toy(
+        "maxvit_tf", "timm_maxvit", "stage3", "letterbox", (128, 128), "input.0", "feature3.0", 64
     ),
 }
 SYSTEM = (
@@ -129,6 +133,8 @@ def toys(monkeypatch, tmp_path):
     """Named encoders for the fixtures, with files of weights as VMamba publishes them."""
     files = {}
     for backbone_id, toy in CASES.items():
+        if toy.layout.startswith("timm_max") and not is_timm_available():
+            continue
         weights = load_file(FIXTURES / f"{toy.fixture}.weights.safetensors")
         config = tapped_config(LAYOUTS[toy.layout].infer(weights)[1], toy.tap)
         name = f"{backbone_id.replace('-', '_')}.golden"
@@ -250,6 +256,7 @@ def tap_by_hand(backbone: str) -> tuple[torch.Tensor, torch.Tensor]:
         ("vmamba-toy-det", "no-align+gelu-mlp"),
         ("in1k-toy-vit", "no-align+gelu-mlp"),
         ("mambavision-toy-s3", "no-align+gelu-mlp"),
+        pytest.param("in1k-toy-maxvit-s3", "no-align+gelu-mlp", marks=pytest.mark.timm),
     ],
 )
 def test_logits_are_those_of_the_papers_composition(backbone, arch, scheme, toys, llm_folders, tmp_path):
