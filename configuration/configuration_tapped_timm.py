@@ -4,17 +4,19 @@ from math import prod
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import TimmBackboneConfig
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 
 @strict
-class TappedTimmConfig(TimmBackboneConfig):
+class TappedTimmConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     A timm model and its tap. Transformers' `TimmBackboneConfig` names the model only; this one also holds what timm
     would have to be asked for, so that tables, token counts and processors need no timm, and a saved folder no network.
 
     Args:
         backbone (`str`): timm's name of the architecture, without the tag of its weights.
+        num_channels (`int`): colour channels of the input.
         model_args (`dict`): further arguments of `timm.create_model`; none for a published architecture.
         stage_names (`list[str]`): one name per feature map that timm offers, shallow to deep: "stem", "stage1", ... of
             a hierarchical model, "block1", ... of a plain one.
@@ -33,6 +35,8 @@ class TappedTimmConfig(TimmBackboneConfig):
 
     model_type = "tapped_timm"
 
+    backbone: str | None = None
+    num_channels: int = 3
     model_args: dict[str, Any] | None = None
     stage_names: list[str] | None = None
     stage_channels: list[int] | None = None
@@ -40,6 +44,8 @@ class TappedTimmConfig(TimmBackboneConfig):
     grid_multiple: int | None = None
     only_size: list[int] | None = None
     apply_final_norm: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         self.model_args = dict(self.model_args or {})

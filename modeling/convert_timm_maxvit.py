@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration.maxvit_encoders import VARIANTS
 from .checkpoint_layout import CheckpointLayout, StateDict
@@ -48,7 +48,10 @@ def _architecture(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]
     }
 
 
-def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], TimmWrapperConfig]:
+def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    # imported here, since these import timm
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
+
     architecture, model_args = _architecture(state_dict)
     head = state_dict.get("head.fc.weight")
     # from_dict names the classes of ImageNet
@@ -58,7 +61,7 @@ def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], Tim
     return TimmWrapperModel if head is None else TimmWrapperForImageClassification, config
 
 
-def _convert(state_dict: Mapping[str, Tensor], config: TimmWrapperConfig) -> StateDict:
+def _convert(state_dict: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDict:
     return {f"timm_model.{key}": tensor for key, tensor in state_dict.items()}
 
 

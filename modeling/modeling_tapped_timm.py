@@ -1,11 +1,16 @@
-"""Any timm model, cut after its tap: Transformers' `TimmBackbone` that can be saved, reloaded and refuse a canvas."""
+"""Any timm model, cut after its tap, behind the Backbone contract.
+
+Transformers' own `TimmBackbone` imports timm with this library, and can neither be saved and loaded, nor be told the
+arguments of a model; what is here takes its place.
+"""
 
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TimmBackbone
+from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import is_timm_available
 from transformers.utils.generic import can_return_tuple
@@ -13,13 +18,8 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_tapped_timm import TappedTimmConfig
 
 
-def _channels_first(module: nn.Module, args: tuple, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Hook of a timm model whose feature maps are [B, h, w, C]."""
-    return [feature_map.permute(0, 3, 1, 2).contiguous() for feature_map in feature_maps]
-
-
-class TappedTimmBackbone(TimmBackbone):
-    """A timm model as Transformers wraps it, with the arguments, the stage names and the sizes that its config holds.
+class TappedTimmBackbone(BackboneMixin, PreTrainedModel):
+    """A timm model with the arguments, the stage names and the sizes that its config holds.
 
     Stages after the tap are not kept. Feature maps are un-normed, but for those of a plain model whose config says
     `apply_final_norm`.
@@ -30,35 +30,32 @@ class TappedTimmBackbone(TimmBackbone):
     """
 
     config: TappedTimmConfig
+    base_model_prefix = "timm_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["TappedTimmBackbone"]
+    _supports_sdpa = True  # timm calls it by itself
 
     def __init__(self, config: TappedTimmConfig):
         if not is_timm_available():
             raise ImportError(f"{config.backbone} is a timm model: run `pip install ssm-vlm[timm]`.")
-        # timm reads lists of the JSON as it reads tuples, but for sizes that it compares
-        arguments = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in config.model_args.items()
-        }
-        if config.apply_final_norm and is_timm_available():  # asked again, or saved code would need timm to be loaded
-            from timm.models._features import FeatureGetterNet
-
-            arguments["feature_cls"] = partial(FeatureGetterNet, norm=True)
-        super().__init__(config, **arguments)
-
-    def _init_timm_backbone(self, backbone: nn.Module) -> None:
-        """Called by the stock constructor: takes the stages from the config, held against what timm built."""
-        if str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC"):  # Swin, MambaOut, ...
-            # a hook, since detectors take timm's model out of this class
-            backbone.register_forward_hook(_channels_first)
-        self.stage_names, self.num_features = self.config.stage_names, self.config.stage_channels
-        built = [stage["num_chs"] for stage in backbone.feature_info.info]
-        # a pruned timm model forgets the stages after its tap
-        if built != self.num_features[: len(built)]:
+        super().__init__(config)
+        self.timm_model = _create(config)
+        # timm's name of the order that Swin, MambaOut and some more give: [B, h, w, C]
+        self.channels_last = str(getattr(self.timm_model, "output_fmt", "")).endswith("NHWC")
+        self.num_features = config.stage_channels
+        built = [stage["num_chs"] for stage in self.timm_model.feature_info.info]
+        if built != self.num_features[: len(built)]:  # a cut timm model may forget the stages after its tap
             raise ValueError(
-                f"timm's {self.config.backbone} has stages of {built} channels, the config says {self.num_features}."
+                f"timm's {config.backbone} has stages of {built} channels, the config says {self.num_features}."
             )
+        self.post_init()
 
-    # The stock method takes timm's names only and asks timm's Hub; a saved folder is read as any other model's.
-    from_pretrained = classmethod(PreTrainedModel.from_pretrained.__func__)
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """timm has filled its own parameters; what no file holds is filled here, after a model without memory."""
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
 
     def _check_canvas(self, height: int, width: int) -> None:
         config = self.config
@@ -88,10 +85,29 @@ class TappedTimmBackbone(TimmBackbone):
         self._check_canvas(*pixel_values.shape[-2:])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        feature_maps = tuple(self._backbone(pixel_values))
+        feature_maps = tuple(self.timm_model(pixel_values))
+        if self.channels_last:
+            feature_maps = tuple(feature_map.permute(0, 3, 1, 2).contiguous() for feature_map in feature_maps)
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=feature_maps if output_hidden_states else None, attentions=None
         )
+
+
+def _create(config: TappedTimmConfig) -> nn.Module:
+    if is_timm_available():  # so guarded, saved code is loaded where timm is absent
+        import timm
+        from timm.models._features import FeatureGetterNet
+    # timm compares some sizes with tuples, which JSON has not
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in config.model_args.items()}
+    if config.apply_final_norm:
+        arguments["feature_cls"] = partial(FeatureGetterNet, norm=True)
+    return timm.create_model(
+        config.backbone,
+        features_only=True,
+        in_chans=config.num_channels,
+        out_indices=tuple(config.out_indices),
+        **arguments,
+    )
 
 
 __all__ = ["TappedTimmBackbone"]

@@ -14,7 +14,7 @@ from .checkpoint_report import check_fit
 from .modeling_tapped_timm import TappedTimmBackbone
 
 _WRAPPER = "timm_model."
-"""Prefix of the keys in a folder of Transformers' `TimmWrapperForImageClassification`; timm's own files have none."""
+"""Prefix of our keys, and of those of Transformers' `TimmWrapperForImageClassification`; timm's files have none."""
 
 _EXTRACTORS = ("model", "body", "graph_module")
 """Names under which timm's feature extractors hold a model that they do not rewrite."""
@@ -68,7 +68,7 @@ def names_in_whole(cut: TappedTimmBackbone, whole: nn.Module | None = None) -> d
         whole = create_timm_model(cut.config.backbone, **cut.config.model_args)
     theirs, found = whole.state_dict(), {}
     for key, tensor in cut.state_dict().items():
-        name = key.removeprefix("_backbone.")
+        name = key.removeprefix(_WRAPPER)
         first, dot, rest = name.partition(".")
         words = first.split("_")
         splits = [f"{'_'.join(words[:n])}.{'_'.join(words[n:])}{dot}{rest}" for n in range(1, len(words))]

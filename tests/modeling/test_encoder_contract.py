@@ -1,5 +1,6 @@
 """The encoder contract, held by every entry of the table at toy size: one test run per distinct architecture."""
 
+import copy
 import json
 from functools import cache
 
@@ -211,7 +212,7 @@ def test_an_image_is_encoded_as_if_alone(name):
 def test_saved_and_reloaded_bit_equal(name, tmp_path):
     backbone = build(name)
     backbone.save_pretrained(tmp_path)
-    reloaded = load_encoder(tmp_path)
+    reloaded = copy.deepcopy(load_encoder(tmp_path))  # out of the mapped file: how memory is aligned changes last bits
     assert type(reloaded) is type(backbone) and not reloaded.training
     pixels = torch.randn(1, 3, 3 * stride(name), 2 * stride(name))
     with torch.no_grad():
@@ -291,7 +292,5 @@ def test_inside_a_detector(name):
     output = model(pixel_values=torch.randn(2, 3, height, width), pixel_mask=mask)
     assert output.logits.shape[:2] == (2, 4) and output.pred_boxes.shape == (2, 4, 4)
     (output.logits.sum() + output.pred_boxes.sum()).backward()
-    ours = build(name)
-    kinds = type(ours), type(getattr(ours, "_backbone", ours))  # DETR takes timm's model out of its wrapper
-    (tower,) = (module for module in model.modules() if type(module) in kinds)
+    (tower,) = (module for module in model.modules() if type(module) is type(build(name)))
     assert gradients_reach(model, tower) > 0.8

@@ -233,7 +233,7 @@ class TestById:
         encoder = load_encoder(tmp_path, tap="stage4")
         weights = load_file(tmp_path / "model.safetensors")
         assert torch.equal(
-            encoder._backbone["stages_0"].blocks[0].conv_dw.weight, weights["stages.0.blocks.0.conv_dw.weight"]
+            encoder.timm_model["stages_0"].blocks[0].conv_dw.weight, weights["stages.0.blocks.0.conv_dw.weight"]
         )
         encoder.save_pretrained(tmp_path / "tapped")
         assert load_encoder(tmp_path / "tapped").config.out_features == ["stage4"]

@@ -60,9 +60,9 @@ def test_features_are_those_of_the_stock_model(tap):
     )
     backbone = TappedTimmBackbone(config).eval()
     weights = timm_names(stock.state_dict())
-    needed = [key.removeprefix("_backbone.model.") for key in backbone.state_dict()]
+    needed = [key.removeprefix("timm_model.model.") for key in backbone.state_dict()]
     assert f"blocks.{sum(DEPTHS[: STAGES.index(tap) + 1])}.norm1.weight" not in needed  # nothing after the tap
-    backbone._backbone.model.load_state_dict({key: weights[key] for key in needed})
+    backbone.timm_model.model.load_state_dict({key: weights[key] for key in needed})
     with torch.no_grad():
         expected = stock(pixels, output_hidden_states=True).reshaped_hidden_states[STAGES.index(tap) + 1]
         features = backbone(pixels).feature_maps[-1]
