@@ -4,6 +4,7 @@ Accuracies, names of release files and sizes are those of https://github.com/Mze
 """
 
 from functools import partial
+from typing import Any
 
 from .configuration_ssm_vision import SSMVisionConfig
 from .encoder_entry import IMAGENET, IN1K_224, NamedEncoder, Preprocessing, WeightSource
@@ -28,18 +29,22 @@ def _vmamba(variant: str, image_size: int | list[int] = 224, output_norm: str = 
     """Sizes of the release; v0 has a gate, 16 states, a 4x4 stem and patch merging, and no MLP."""
     if variant in _VMAMBA_V0:
         width, blocks, drop_path = _VMAMBA_V0[variant]
-        form = {"stem": "conv4", "downsample": "patch_merge", "mlp_ratio": 0.0, "ssm_ratio": 2.0, "d_state": 16}
+        form: dict[str, Any] = {
+            "stem": "conv4",
+            "downsample": "patch_merge",
+            "mlp_ratio": 0.0,
+            "ssm_ratio": 2.0,
+            "d_state": 16,
+        }
         form |= {"gated": True, "conv_bias": True}
     else:
         width, blocks, ssm_ratio, drop_path = _VMAMBA_V2[variant]
         form = {"stem": "conv3x2", "downsample": "conv3", "mlp_ratio": 4.0, "ssm_ratio": ssm_ratio, "d_state": 1}
+    form |= {"image_size": image_size, "output_norm": output_norm, "out_features": ["stage3"]}
     return SSMVisionConfig(
-        image_size=image_size,
         hidden_sizes=[width, 2 * width, 4 * width, 8 * width],
         depths=[2, 2, blocks, 2],
         drop_path_rate=drop_path,
-        output_norm=output_norm,
-        out_features=["stage3"],
         **form,
     )
 

@@ -146,7 +146,7 @@ def read_checkpoint(path: Path) -> Any:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (ValueError, RuntimeError):  # the format before torch 1.6, or no checkpoint at all: told below
         named = []
-    inert = [(_ArrayBookkeeping if name.startswith("numpy.") else _Bookkeeping, name) for name in named]
+    inert: list[Any] = [(_ArrayBookkeeping if name.startswith("numpy.") else _Bookkeeping, name) for name in named]
     try:
         with torch.serialization.safe_globals(inert):
             # Only the zip format of torch 1.6 and later can be mapped.

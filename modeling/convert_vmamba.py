@@ -8,6 +8,7 @@ file can not be loaded as another variant than it is.
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -106,7 +107,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], SSMVis
     widths = [shape(f"layers.{index}.blocks.0.norm.weight")[0] for index in range(stages)]
     inner = shape(first + "op.A_logs")[0] // 4
     ranks = [shape(f"layers.{index}.blocks.0.op.dt_projs_weight")[-1] for index in range(stages)]
-    fields = {
+    fields: dict[str, Any] = {
         "num_channels": shape("patch_embed.0.weight")[1],
         "stem": "conv3x2" if "patch_embed.5.weight" in reference else "conv4",
         "hidden_sizes": widths,
@@ -129,7 +130,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], SSMVis
     return SSMVisionBackbone, SSMVisionConfig(**fields)
 
 
-def _convert(tensors: Mapping[str, Tensor], config: SSMVisionConfig) -> StateDict:
+def _convert(tensors: Mapping[str, Tensor], config: Any) -> StateDict:
     """Ours of each tensor; a whole classifier keeps its trunk under `model.`."""
     reference = _current_names(tensors)
     trunk = "model." if "classifier.head.weight" in reference else ""
@@ -148,7 +149,7 @@ def _convert(tensors: Mapping[str, Tensor], config: SSMVisionConfig) -> StateDic
 _HEAD = {f"{module}.{parameter}" for module in ("norm", "classifier") for parameter in ("weight", "bias")}
 
 
-def _resampling_name(key: str, reference: Mapping[str, Tensor], config: SSMVisionConfig) -> str:
+def _resampling_name(key: str, reference: Mapping[str, Tensor], config: Any) -> str:
     """Our name of a key of the stem, of a downsampling or of an output norm; any other key stays as it is."""
     if match := re.fullmatch(r"patch_embed\.(\d)\.(weight|bias)", key):
         index, parameter = match.groups()

@@ -284,7 +284,8 @@ def _tensors_of(
 ) -> StateDict:
     """What the tapped model (without memory) takes from the whole one, under the tapped model's names."""
     prefix = model_class.base_model_prefix
-    picked, missing, misshaped = {}, [], []
+    picked: dict[str, Any] = {}
+    missing, misshaped = [], []
     timm_names = names_in_whole(tapped) if tapped.config.model_type == "tapped_timm" else {}
     for key, own in tapped.state_dict().items():
         source = timm_names.get(key) or _name_in_whole(key, tapped)
@@ -319,7 +320,7 @@ def _how_to_get(encoder: NamedEncoder) -> str:
             "This project trains it: give weights_dir=FOLDER with a saved encoder in FOLDER/"
             f"{encoder.name}, or pretrained=False (in a recipe: vision_weights_dir, vision_pretrained)."
         )
-    download = f"Download {encoder.weights.url or 'https://huggingface.co/' + encoder.weights.hub_id}"
+    download = f"Download {encoder.weights.url or f'https://huggingface.co/{encoder.weights.hub_id}'}"
     return (
         f"{download}, run `ssm-vlm convert DOWNLOAD --encoder {encoder.name} --output FOLDER/{encoder.name}` and give "
         "weights_dir=FOLDER, or pretrained=False for random weights (in a recipe: vision_weights_dir, "

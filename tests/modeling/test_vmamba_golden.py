@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from ssm_vlm import (
-    LlavaStyleImageProcessor,
     SSMVisionBackbone,
     SSMVisionForImageClassification,
     SSMVisionModel,
@@ -21,8 +20,9 @@ from ssm_vlm import (
 )
 from ssm_vlm.modeling import mixers
 from ssm_vlm.modeling.convert_vmamba import VMAMBA_LAYOUT
+from ssm_vlm.modeling.encoder_conversion import convert_published
 from ssm_vlm.modeling.mixers import SelectiveScan2dMixer
-from ssm_vlm.modeling.published_weights import read_published, write_folder
+from ssm_vlm.modeling.published_weights import read_published
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CLASSIFIERS = ["vmamba_v2_ratio2", "vmamba_v2_ratio1", "vmamba_v0"]
@@ -232,8 +232,7 @@ def respell(case, spelling):
 
 def as_folder(contents, tmp_path):
     torch.save(contents, tmp_path / "published.pth")
-    whole = read_published(tmp_path / "published.pth").model()
-    return write_folder(whole, LlavaStyleImageProcessor(), tmp_path / "folder")
+    return convert_published(tmp_path / "published.pth", tmp_path / "folder").folder
 
 
 @pytest.mark.parametrize("case, spelling", spelled_cases, ids=lambda value: getattr(value, "__name__", value))
