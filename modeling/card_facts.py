@@ -96,7 +96,7 @@ def encoder_facts(saved: SavedFolder) -> Facts:
         canvas = f"{entry.preprocessing.height}x{entry.preprocessing.width}"
         cost = f"{entry.parameters / 1e6:.2f} M parameters, {entry.flops / 1e9:.2f} GFLOPs at {canvas}"
         facts.append(("up to the tap", f"{cost} (a multiply and an add are two)"))
-        if entry.imagenet_top1 is not None:
+        if entry.imagenet_top1 is not None and saved.encoder_weights == "published":
             top1 = f"{entry.imagenet_top1} %, of the whole model: its authors' figure, not measured here"
             facts.append(("published ImageNet top-1", top1))
     return facts
@@ -151,7 +151,7 @@ def training_facts(saved: SavedFolder) -> Facts:
     if saved.origin.get("source"):
         checksum = saved.origin.get("sha256")
         facts.append(("converted from", f"`{saved.origin['source']}`" + (f", sha256 `{checksum}`" if checksum else "")))
-    before = [record["title"] for record in encoder_data(saved.encoder_name)]
+    before = [record["title"] for record in encoder_data(saved)]
     if before:
         facts.append(("data of the encoder", ", ".join(before)))
     record = conversations(saved)
@@ -161,8 +161,8 @@ def training_facts(saved: SavedFolder) -> Facts:
         facts.append(("data", title + count))
     elif "train_folder" in recipe:
         facts.append(("data", f"pictures in `{'/'.join(Path(recipe['train_folder']).parts[-2:])}`"))
-    if recipe.get("vision_pretrained") is False:
-        facts.append(("encoder's weights", "random at the start"))
+    if saved.encoder_weights != "published":
+        facts.append(("encoder's weights", saved.encoder_weights))
     trained = [name for name, key in _FROZEN_KEYS.items() if key in recipe and not recipe[key]]
     if trained:
         facts.append(("trained", ", ".join(trained)))
@@ -217,7 +217,8 @@ def limits(saved: SavedFolder, parts: Sequence[Part]) -> list[str]:
             "Trained on DigitScenes: handwritten digits on plain canvases. It proves that the plumbing works, and says "
             "nothing about photographs."
         )
-    if entry is not None and entry.weights is not None and not entry.loaded_from_real_file and not saved.origin:
+    from_name = entry is not None and entry.weights is not None and saved.encoder_weights == "published"
+    if from_name and not entry.loaded_from_real_file and not saved.encoder_origin:
         found.append(
             f"Of this version of ssm-vlm nobody is known to have loaded the published file of `{entry.name}`: its "
             "conversion is tested on random weights of the reference implementation."
@@ -241,10 +242,15 @@ def limits(saved: SavedFolder, parts: Sequence[Part]) -> list[str]:
             else "The folder does not say how pictures are prepared."
         )
         found.append("Answers can be wrong, and there is no filter on what it says.")
-    unknown = [part.name for part in parts if part.licence is None]
+    unknown = [part.name for part in parts if part.licence is None and not _trained_anew(saved, part)]
     if unknown:
         found.append(f"The licence of the {' and the '.join(unknown)} is not known here: look before you pass it on.")
     return found
+
+
+def _trained_anew(saved: SavedFolder, part: Part) -> bool:
+    """Whether the licence of a part is that of whoever publishes the model."""
+    return part.name == "encoder" and saved.encoder_weights in ("trained anew", "random at the start")
 
 
 def _reaches(evaluation: Evaluation, floor: float) -> bool:

@@ -50,23 +50,21 @@ def origin_of(name: str) -> dict[str, Any] | None:
 
 def encoder_part(saved: SavedFolder) -> Part:
     name, entry = saved.encoder_name, saved.named_encoder
-    if name is None:
-        source = saved.origin.get("source")
-        origin = (
-            f"file `{source}`, its tensors named as in the layout `{saved.origin['layout']}`" if source else UNKNOWN
-        )
-        return Part("encoder", f"of type `{saved.vision_config.model_type}`", origin)
+    file = saved.encoder_origin.get("source")
     if entry is None:
-        hub_id = _hub_id(saved, "vision_encoder", name)
-        return Part("encoder", f"`{hub_id or Path(name).name}`", _hub_link(hub_id) or UNKNOWN, hub_id=hub_id)
+        hub_id = _hub_id(saved, "vision_encoder", name) if name else None
+        what = f"`{hub_id or Path(name).name}`" if name else f"of type `{saved.vision_config.model_type}`"
+        in_layout = f"file `{file}`, its tensors named as in the layout `{saved.encoder_origin.get('layout')}`"
+        return Part("encoder", what, _hub_link(hub_id) or (in_layout if file else UNKNOWN), hub_id=hub_id)
     record = origin_of(name) or {}
+    link = f"[{record['title']}]({record['origin']})" if record else UNKNOWN
+    if entry.weights is not None and saved.encoder_weights != "published":
+        origin = f"architecture of {link}; weights {saved.encoder_weights}"
+        return Part("encoder", f"`{name}`", origin, citation=record.get("citation"))
     hub_id = entry.weights.hub_id if entry.weights else None
-    origin = f"[{record['title']}]({record['origin']}), {record['by']}" if record else UNKNOWN
-    file = saved.origin.get("source") or (entry.weights and entry.weights.url and entry.weights.url.rpartition("/")[2])
-    if hub_id:
-        origin += f"; {_hub_link(hub_id)}"
-    if file:
-        origin += f"; file `{file}`"
+    file = file or (entry.weights and entry.weights.url and entry.weights.url.rpartition("/")[2])
+    origin = ", ".join([link, *([record["by"]] if record else [])])
+    origin += (f"; {_hub_link(hub_id)}" if hub_id else "") + (f"; file `{file}`" if file else "")
     return Part(
         "encoder", f"`{name}`", origin, _known(entry.licence), hub_id, record.get("note"), record.get("citation")
     )
@@ -156,10 +154,12 @@ def hub_data_link(record: Mapping[str, Any]) -> str:
     return f"[{record['title']}](https://huggingface.co/datasets/{record['hub_id']}) ({record['licence']})"
 
 
-def encoder_data(name: str | None) -> list[dict[str, Any]]:
-    """Records of the data that the encoder's tag names."""
-    known = origins()["training_data"]
-    return [known[word] for word in (name or "").partition(".")[2].split("_") if word in known]
+def encoder_data(saved: SavedFolder) -> list[dict[str, Any]]:
+    """Records of the data that the tag of a named encoder names, if its weights are those of its name."""
+    entry, known = saved.named_encoder, origins()["training_data"]
+    if entry is None or (entry.weights is not None and saved.encoder_weights != "published"):
+        return []
+    return [known[word] for word in entry.name.partition(".")[2].split("_") if word in known]
 
 
 __all__ = [

@@ -147,7 +147,7 @@ def _digest(text: str) -> str:
 
 
 def _metadata(saved: SavedFolder, parts: Sequence[Part], where: str) -> ModelCardData:
-    records = [conversations(saved), *encoder_data(saved.encoder_name)]
+    records = [conversations(saved), *encoder_data(saved)]
     results = [_eval_result(evaluation) for evaluation in saved.evaluations]
     base_models = [part.hub_id for part in parts if part.hub_id]
     return ModelCardData(

@@ -159,9 +159,25 @@ class SavedFolder:
         return self._json(ORIGIN_FILE)
 
     @property
+    def encoder_origin(self) -> dict[str, Any]:
+        """Which published file the encoder's weights were converted from, empty where that is not known."""
+        return self.run.get("encoder_origin") or ({} if self.is_vlm else self.origin)
+
+    @property
     def encoder_name(self) -> str | None:
-        """What the recipe or the conversion calls the encoder."""
-        return self.recipe.get("vision_encoder") or self.origin.get("encoder")
+        """What the conversion or the recipe calls the encoder."""
+        return self.encoder_origin.get("encoder") or self.recipe.get("vision_encoder") or self.origin.get("encoder")
+
+    @property
+    def encoder_weights(self) -> str:
+        """Where the weights of a named encoder are from: "published", or in words what they are instead."""
+        if "train_folder" in self.recipe:
+            return "trained anew"
+        if self.recipe.get("vision_pretrained") is False:
+            return "random at the start"
+        if self.recipe.get("vision_weights_dir") and not self.encoder_origin:
+            return "from a folder on the machine that made this model"
+        return "published"
 
     @property
     def language_model_name(self) -> str | None:

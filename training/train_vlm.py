@@ -5,6 +5,7 @@ change with it.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from ..modeling.model_card import leave_card
 from ..modeling.modeling_llava_style import LlavaStyleForConditionalGeneration
 from ..modeling.processing_llava_style import LlavaStyleProcessor
+from ..modeling.saved_folder import ORIGIN_FILE
 from .collator import ConversationCollator, as_list
 from .datasets import LlavaConversations
 from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
@@ -222,7 +224,9 @@ def train_vlm(model_args: ModelArguments, data_args: DataArguments, args: RunArg
 
     def summary() -> dict[str, Any]:
         local = [key for key in ("vision_encoder", "language_model") if Path(getattr(model_args, key)).exists()]
-        return {"conversations": len(data), "local": local}
+        origin = Path(weights or model_args.vision_encoder) / ORIGIN_FILE
+        noted = {"encoder_origin": json.loads(origin.read_text())} if origin.is_file() else {}
+        return {"conversations": len(data), "local": local, **noted}
 
     train_and_save(trainer, run, processor.save_pretrained, summary)
     if trainer.is_world_process_zero():

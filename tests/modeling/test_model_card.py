@@ -296,10 +296,38 @@ def test_limits_follow_from_the_scores(vlm):
     assert "the score of 20.0 is not clearly above mean box (15.0)" in text  # 15 lies in the interval
     assert "Visual question answering: the score" not in text
     assert "DigitScenes: handwritten digits on plain canvases" in text
-    change(vlm / "recipe.yaml", vision_encoder="vmamba_tiny_s2l5.in1k_224", vision_pretrained=False)
+    change(vlm / "recipe.yaml", vision_encoder="vmamba_tiny_s2l5.in1k_224")
     text = render_card(vlm).text
-    assert "handwritten digits" not in text and "The encoder started from random weights." in text
+    assert "handwritten digits" not in text and "The encoder started from random weights." not in text
     assert "nobody is known to have loaded the published file of `vmamba_tiny_s2l5.in1k_224`" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "run", "weights", "published"),
+    [
+        ({}, {}, None, True),
+        ({"vision_pretrained": False}, {}, "random at the start", False),
+        ({"train_folder": "a/b"}, {}, "trained anew", False),
+        ({"vision_weights_dir": "weights"}, {}, "from a folder on the machine that made this model", False),
+        (
+            {"vision_weights_dir": "weights"},
+            {"encoder_origin": {"encoder": "swin_tiny.in1k_224", "source": "swin.pth"}},
+            None,
+            True,
+        ),
+    ],
+)
+def test_weights_of_other_makers_are_not_taken_for_the_published_ones(vlm, recipe, run, weights, published):
+    change(
+        vlm / "recipe.yaml", vision_encoder="swin_tiny.in1k_224", language_model="meta-llama/Llama-2-7b-hf", **recipe
+    )
+    change(vlm / "finished.json", **run)
+    card = render_card(vlm)
+    assert table(card).get("encoder's weights") == weights
+    assert ("ILSVRC/imagenet-1k" in card.data.datasets) == published == ("ImageNet-1K" in card.text)
+    assert (card.data.license == "other") == published and ("Microsoft" in card.text) == published
+    assert "liu2021swin" in card.text and "https://github.com/microsoft/Swin-Transformer" in card.text
+    assert ("file `swin.pth`" in card.text) == bool(run)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9, 1.0])
