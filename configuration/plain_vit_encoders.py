@@ -5,6 +5,7 @@ models trained on ImageNet-21k alone have no ImageNet top-1; that of CLIP, SigLI
 or a probe.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from transformers import (
@@ -34,7 +35,9 @@ _SIZES = {  # width, blocks, and what they cost up to the tap at 224 pixels: par
 }
 
 
-def _plain(stock_class: type[PreTrainedConfig], width: int, depth: int = 12, **fields) -> HiddenStateBackboneConfig:
+def _plain(
+    stock_class: Callable[..., PreTrainedConfig], width: int, depth: int = 12, **fields
+) -> HiddenStateBackboneConfig:
     """A stock config with heads of 64 channels and MLPs four times as wide, where `fields` do not say otherwise."""
     usual = {"num_attention_heads": width // 64, "intermediate_size": 4 * width}
     stock = stock_class(hidden_size=width, num_hidden_layers=depth, **usual | fields)

@@ -103,7 +103,7 @@ def tapped_config(config: PreTrainedConfig, tap: str | None = None) -> PreTraine
     """
     part = vision_part(config)
     if isinstance(part, HiddenStateBackboneConfig):
-        return _plain(part.vision_config, tap or part.out_features[-1], part.apply_final_norm)
+        return _plain(part.stock_config, tap or part.out_features[-1], part.apply_final_norm)
     if part.model_type in HIDDEN_STATE_FAMILIES:
         return _plain(part, tap)
     if part.model_type == "timm_wrapper":

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers import (
@@ -54,7 +55,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTra
     stem = need(timm, "stem.0.weight", _FAMILY)
     stages = count_indices(timm, r"stages\.(\d+)\.")
     widths = [need(timm, f"stages.{stage}.blocks.0.norm.weight", _FAMILY).shape[0] for stage in range(stages)]
-    fields = {
+    fields: dict[str, Any] = {
         "num_channels": stem.shape[1],
         "patch_size": stem.shape[2],
         "num_stages": stages,

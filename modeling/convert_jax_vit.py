@@ -7,6 +7,7 @@ Kernels are [in, out], convolutions [height, width, in, out]; attention keeps it
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
@@ -57,17 +58,18 @@ def infer_jax(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], Pre
     if grid**2 != positions - 1:
         raise ValueError(f"pos_embedding has {positions} positions, which is no square of patches and a CLS token.")
     query = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
-    return ViTForImageClassification, ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=count_indices(plain, _BLOCK),
-        num_attention_heads=need(plain, query, _FAMILY).shape[1],
-        intermediate_size=need(plain, "Transformer/encoderblock_0/MlpBlock_3/Dense_0/bias", _FAMILY).shape[0],
-        image_size=grid * patch,
-        patch_size=patch,
-        num_channels=channels,
-        layer_norm_eps=1e-6,
-        num_labels=plain["head/bias"].shape[0] if "head/bias" in plain else 0,
-    )
+    fields: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": count_indices(plain, _BLOCK),
+        "num_attention_heads": need(plain, query, _FAMILY).shape[1],
+        "intermediate_size": need(plain, "Transformer/encoderblock_0/MlpBlock_3/Dense_0/bias", _FAMILY).shape[0],
+        "image_size": grid * patch,
+        "patch_size": patch,
+        "num_channels": channels,
+        "layer_norm_eps": 1e-6,
+        "num_labels": plain["head/bias"].shape[0] if "head/bias" in plain else 0,
+    }
+    return ViTForImageClassification, ViTConfig(**fields)
 
 
 def _in_torch_order(key: str, tensor: Tensor) -> Tensor:

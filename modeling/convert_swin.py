@@ -6,6 +6,7 @@ Microsoft (and Transformers) merge patches at the end of a stage, timm at the st
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, SwinConfig, SwinForImageClassification
@@ -58,19 +59,20 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTra
     else:  # published models have one window in their last stage
         size = window * patch * 2 ** (stages - 1)
     head = tensors.get("head.fc.weight", tensors.get("head.weight"))
-    return SwinForImageClassification, SwinConfig(
-        image_size=size,
-        patch_size=patch,
-        num_channels=channels,
-        embed_dim=width,
-        depths=[count_indices(tensors, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages)],
-        num_heads=[table.shape[1] for table in tables],
-        window_size=window,
-        mlp_ratio=need(tensors, "layers.0.blocks.0.mlp.fc1.weight", _FAMILY).shape[0] / width,
-        qkv_bias="layers.0.blocks.0.attn.qkv.bias" in tensors,
-        use_absolute_embeddings=absolute is not None,
-        num_labels=0 if head is None else head.shape[0],
-    )
+    fields: dict[str, Any] = {
+        "image_size": size,
+        "patch_size": patch,
+        "num_channels": channels,
+        "embed_dim": width,
+        "depths": [count_indices(tensors, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages)],
+        "num_heads": [table.shape[1] for table in tables],
+        "window_size": window,
+        "mlp_ratio": need(tensors, "layers.0.blocks.0.mlp.fc1.weight", _FAMILY).shape[0] / width,
+        "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in tensors,
+        "use_absolute_embeddings": absolute is not None,
+        "num_labels": 0 if head is None else head.shape[0],
+    }
+    return SwinForImageClassification, SwinConfig(**fields)
 
 
 def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDict:

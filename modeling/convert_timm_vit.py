@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTra
             f"{1 + distilled} prefix tokens: only models trained on square pictures are read."
         )
     labels = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
-    config_class = DeiTConfig if distilled else ViTConfig
+    config_class: type[Any] = DeiTConfig if distilled else ViTConfig
     config = config_class(
         hidden_size=width,
         num_hidden_layers=count_indices(tensors, r"blocks\.(\d+)\."),
@@ -134,8 +135,8 @@ def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDi
 
 
 TIMM_VIT_LAYOUT = CheckpointLayout(_recognises, _infer, _convert)
-"""Files of timm's ViT and DeiT, of the DeiT repository and of google-research/vision_transformer: any depth, width, patch
-and picture size, with or without classifier, LayerScale (`ls1.gamma` or `gamma_1`), position of the CLS token, and
-distillation token."""
+"""Files of timm's ViT and DeiT, of the DeiT repository and of google-research/vision_transformer: any depth, width,
+patch and picture size, with or without classifier, LayerScale (`ls1.gamma` or `gamma_1`), position of the CLS token,
+and distillation token."""
 
 __all__ = ["TIMM_VIT_LAYOUT", "heads_of"]

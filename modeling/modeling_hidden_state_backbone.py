@@ -62,10 +62,10 @@ class HiddenStateBackbone(BackboneMixin, PreTrainedModel):
     def __init__(self, config: HiddenStateBackboneConfig):
         super().__init__(config)
         family = config.family
-        stock_config = copy.deepcopy(config.vision_config)
+        stock_config = copy.deepcopy(config.stock_config)
         stock_config.num_hidden_layers = config.num_blocks
         if getattr(stock_config, "drop_path_rate", 0.0):  # it grows linearly over the blocks of the whole model
-            whole = config.vision_config.num_hidden_layers
+            whole = config.stock_config.num_hidden_layers
             stock_config.drop_path_rate *= (config.num_blocks - 1) / max(whole - 1, 1)
         for name, value in family.overrides.items():
             setattr(stock_config, name, value)
@@ -90,14 +90,14 @@ class HiddenStateBackbone(BackboneMixin, PreTrainedModel):
         trained = self.config.image_size
         takes_argument = self.config.family.takes_interpolation
         resized = (height, width) != trained
-        if resized and self.config.family.fixed_size(self.config.vision_config):
+        if resized and self.config.family.fixed_size(self.config.stock_config):
             raise ValueError(
-                f"This {self.config.vision_config.model_type} reads pictures of {trained[0]}x{trained[1]} pixels only, "
+                f"This {self.config.stock_config.model_type} reads pictures of {trained[0]}x{trained[1]} pixels only, "
                 f"got {height}x{width}."
             )
         if (resized or not takes_argument) and trained[0] != trained[1]:
             raise ValueError(
-                f"The position embedding of this {self.config.vision_config.model_type} was made for {trained[0]}x"
+                f"The position embedding of this {self.config.stock_config.model_type} was made for {trained[0]}x"
                 f"{trained[1]} pixels; only one made for a square can be fitted to {height}x{width}."
             )
         return {"interpolate_pos_encoding": True} if resized and takes_argument else {}
@@ -121,7 +121,7 @@ class HiddenStateBackbone(BackboneMixin, PreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         only_tap = self.config.out_indices == [self.config.num_blocks]
-        to_inputs = _INPUTS.get(self.config.vision_config.model_type, _pixels)
+        to_inputs = _INPUTS.get(self.config.stock_config.model_type, _pixels)
         outputs = self.vision_model(
             **to_inputs(pixel_values, self.config.patch_size),
             output_hidden_states=output_hidden_states or not only_tap,

@@ -53,7 +53,8 @@ def describe(encoder: NamedEncoder) -> dict[str, Any]:
 
 def family(name: str) -> str:
     """What the names of one family begin with: "vmamba", "deit3", "vit_adapter", ..."""
-    return _FAMILY.match(name)[0]
+    match = _FAMILY.match(name)
+    return match[0] if match else name
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def _chosen(rows: list[dict[str, Any]], room: int | None) -> list[tuple[_Column,
     widths = {column.heading: max(len(column.heading), *(len(column.show(r)) for r in rows)) for column in _COLUMNS}
     if room is not None and sum(widths.values()) + len(_GAP) * len(widths) > room:
         widths |= {heading: min(widths[heading], most) for heading, most in _LEAD.items()}
-    kept, used = set(), -len(_GAP)
+    kept: set[str] = set()
+    used = -len(_GAP)
     for heading in _BY_IMPORTANCE:
         used += widths[heading] + len(_GAP)
         if room is not None and used > room and kept:
@@ -102,13 +104,13 @@ def _chosen(rows: list[dict[str, Any]], room: int | None) -> list[tuple[_Column,
     return [(column, widths[column.heading]) for column in _COLUMNS if column.heading in kept]
 
 
-def _line(chosen: list[tuple[_Column, int]], cell: Callable[[_Column], str]) -> str:
+def _line(chosen: list[tuple[_Column, int]], texts: list[str]) -> str:
     """One row; where the name or the tap is too long for its column, what follows stands on a second line."""
-    cells, lead = [], []
-    for column, width in chosen:
-        text = cell(column)
+    cells: list[str] = []
+    lead: list[str] = []
+    for (column, width), text in zip(chosen, texts, strict=True):
         (lead if column.heading in _LEAD else cells).append((text.rjust if column.is_number else text.ljust)(width))
-    wide = any(len(cell(column)) > width for column, width in chosen)
+    wide = any(len(text) > width for (_, width), text in zip(chosen, texts, strict=True))
     indent = sum(width + len(_GAP) for column, width in chosen if column.heading in _LEAD)
     between = "\n" + " " * indent if wide and cells else _GAP
     return (_GAP.join(lead).rstrip() if wide else _GAP.join(lead)) + between + _GAP.join(cells).rstrip()
@@ -127,13 +129,13 @@ def _print_table(console: Console, rows: list[dict[str, Any]], room: int | None)
     def put(text: str | Text, style: str = "") -> None:
         console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
 
-    put(_line(chosen, lambda column: column.heading), "bold")
+    put(_line(chosen, [column.heading for column, _ in chosen]), "bold")
     for name, group in groupby(rows, key=lambda row: row["family"]):
         members = list(group)
         title = Text.assemble("── ", (name, "bold"), f"  {_counted(members)} ")
         put(title + Text("─" * max(width - len(title), 2)), "cyan")
         for row in members:
-            put(_line(chosen, lambda column, row=row: column.show(row)))
+            put(_line(chosen, [column.show(row) for column, _ in chosen]))
     shown = [column.heading for column, _ in chosen]
     notes = [note for heading, note in _NOTES.items() if heading in (*shown, "loaded")]
     if len(shown) < len(_COLUMNS):
