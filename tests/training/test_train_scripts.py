@@ -270,6 +270,8 @@ def test_any_vision_model_is_an_encoder_with_a_tap_by_name(vlm_options, tmp_path
     with pytest.raises(OSError, match=r"vit' holds no image processor that can be read, .*: save one beside the model"):
         train_vlm(vlm_options(tmp_path / "runs", **different))
     ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path / "vit")
+    origin = {"encoder": None, "layout": "timm_vit", "source": "vit_published.safetensors"}
+    (tmp_path / "vit" / "origin.json").write_text(json.dumps(origin))
     for tap, block in ((None, "block3"), ("block2", "block2")):
         run = train_vlm(vlm_options(tmp_path / "runs", **different, **({"vision_tap": tap} if tap else {})))
         model = AutoModelForImageTextToText.from_pretrained(run.path)
@@ -279,6 +281,7 @@ def test_any_vision_model_is_an_encoder_with_a_tap_by_name(vlm_options, tmp_path
         assert torch.equal(weights, stock.vit.layers[0].mlp.fc1.weight)
         assert image_processor.geometry == "letterbox" and image_processor.downsampling == [[8, "floor"]]
         assert list(image_processor.image_mean) == [0.1, 0.2, 0.3]
+        assert "file `vit_published.safetensors`" in (run.path / "README.md").read_text()
 
 
 def test_other_pictures_or_weights_or_words_give_another_run(vlm_options, tmp_path, scenes, language_model):
