@@ -6,7 +6,8 @@ have, its head or what lies after the tap; a tensor that the whole model does no
 neutral.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from ..configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
 from ..configuration.taps import tapped_config, vision_part
@@ -146,7 +148,8 @@ def _read_what_is_there(source: str | PathLike) -> tuple[PreTrainedModel, set[st
     if part is not config:
         model_class = _part_class(on_meta(saved_class, config), part)
         options = {"config": part, "key_mapping": {_PART_PREFIX: ""}}
-    model, info = model_class.from_pretrained(source, output_loading_info=True, **options)
+    with _report_of_ours():
+        model, info = model_class.from_pretrained(source, output_loading_info=True, **options)
     unexpected = info["unexpected_keys"]
     if part is not config:  # the rest of the composite is no part of the vision model
         own = {key.partition(".")[0] for key in model.state_dict()}
@@ -160,6 +163,17 @@ def _read_tensors(source: str | PathLike) -> tuple[StateDict, type[PreTrainedMod
     model, missing = _read_what_is_there(source)
     tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in missing}
     return tensors, type(model), model.config
+
+
+@contextmanager
+def _report_of_ours() -> Iterator[None]:
+    """Transformers' own report of what was not loaded is left out: here it is an error, or as it should be."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _part_class(whole: PreTrainedModel, part: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -276,7 +290,8 @@ def tap_whole(
     tapped = _on_meta(config)
     picked = _tensors_of(tapped, tensors, model_class, where)
     dtype = next(tensor.dtype for tensor in picked.values() if tensor.is_floating_point())
-    return type(tapped).from_pretrained(None, config=config, state_dict=picked, dtype=dtype).eval()
+    with _report_of_ours():
+        return type(tapped).from_pretrained(None, config=config, state_dict=picked, dtype=dtype).eval()
 
 
 def _tensors_of(
