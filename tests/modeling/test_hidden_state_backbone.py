@@ -119,6 +119,31 @@ class TestEveryFamily:
         assert torch.allclose(backbone(pixels).feature_maps[-1], expected, atol=1e-6)
         assert not torch.allclose(backbone(pixels.flip(3)).feature_maps[-1], expected, atol=1e-2)
 
+    def test_gradients_are_those_of_the_whole_stock_model(self, model_type):
+        backbone, stock = build(STOCK[model_type]), whole_model(model_type)
+        stock.load_state_dict(
+            {k.removeprefix("vision_model."): t for k, t in backbone.state_dict().items()}, strict=False
+        )
+        pixels, cotangent = torch.randn(2, 3, 32, 40), torch.randn(2, 16, 4, 5)
+        (backbone(pixels).feature_maps[-1] * cotangent).sum().backward()
+        tokens = stock_hidden_states(model_type, stock, pixels)[3][:, backbone.config.num_prefix_tokens :]
+        (tokens.mT.reshape(2, 16, 4, 5) * cotangent).sum().backward()
+        expected = {f"vision_model.{name}": parameter.grad for name, parameter in stock.named_parameters()}
+        for name, parameter in backbone.named_parameters():
+            if parameter.grad is not None:
+                scale = max(expected[name].abs().max(), 1e-3)
+                assert (parameter.grad - expected[name]).abs().max() <= 1e-3 * scale, name
+
+    def test_bfloat16(self, model_type):
+        torch.manual_seed(0)
+        backbone = HiddenStateBackbone(HiddenStateBackboneConfig(vision_config=STOCK[model_type])).eval()
+        pixels = torch.randn(2, 3, 32, 40)
+        with torch.no_grad():
+            expected = backbone(pixels).feature_maps[-1]
+            features = backbone.to(torch.bfloat16)(pixels.bfloat16()).feature_maps[-1]
+        assert features.dtype == torch.bfloat16
+        assert (features - expected).abs().max() <= 2e-2 * expected.abs().max()
+
     def test_a_saved_whole_model_is_loaded_up_to_its_tap(self, model_type, tmp_path):
         stock = whole_model(model_type)
         stock.save_pretrained(tmp_path)
