@@ -70,7 +70,12 @@ def read_state_dict(path: str | PathLike, sha256: str | None = None) -> StateDic
     if sha256 is not None:
         _check_sha256(path, sha256)
     if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{str(path)!r} is no index of shards: it has no weight_map.") from error
+        if any(Path(shard).name != shard for shard in shards):
+            raise ValueError(f"{str(path)!r} names shards outside its own folder.")
         return {key: tensor for shard in shards for key, tensor in read_state_dict(path.parent / shard).items()}
     contents = _READERS.get(path.suffix, read_checkpoint)(path)
     for container in _CONTAINERS:

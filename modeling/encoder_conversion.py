@@ -136,7 +136,10 @@ def check_target(folder: Path) -> None:
 def is_transformers_folder(source: Path) -> bool:
     """Whether it is in Transformers' format; timm's repositories have a config.json, too, but without `model_type`."""
     config = source / "config.json"
-    return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
+    try:
+        return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(config)!r} is not JSON: {error}.") from error
 
 
 def _same_architecture(layout: str, config: PreTrainedConfig) -> list[str]:

@@ -544,6 +544,15 @@ class TestReading:
         weight_map = {f"w{index}": f"model-{index}.safetensors" for index in range(2)}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         assert read_state_dict(tmp_path).keys() == {"w0", "w1"}
+        for content, message in (
+            ("{}", "is no index of shards"),
+            ("{", "is no index"),
+            (None, "outside its own folder"),
+        ):
+            text = content or json.dumps({"weight_map": {"w": "../model.safetensors"}})
+            (tmp_path / "model.safetensors.index.json").write_text(text)
+            with pytest.raises(ValueError, match=message):
+                read_state_dict(tmp_path)
         (tmp_path / "empty").mkdir()
         with pytest.raises(FileNotFoundError, match="empty' holds no checkpoint file: expected model.safetensors, "):
             read_state_dict(tmp_path / "empty")
