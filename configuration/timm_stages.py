@@ -23,7 +23,8 @@ _ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
 embedding, windowed ones pad. The weights and the result at the model's own size stay the same."""
 
 
-def _timm() -> Any:
+def require_timm() -> Any:
+    """timm, imported; raises ImportError with what to install where it is absent."""
     if not is_timm_available():
         raise ImportError("A timm model was asked for, and timm is not installed: run `pip install ssm-vlm[timm]`.")
     import timm
@@ -37,7 +38,7 @@ def create_timm_model(architecture: str, **arguments: Any) -> nn.Module:
     Raises:
         ValueError: timm has no such model, or it takes no such argument.
     """
-    timm = _timm()
+    timm = require_timm()
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} has no model named {architecture!r}.")
     if not arguments.get("features_only"):
@@ -199,4 +200,4 @@ def _steps(backbone: nn.Module, canvas: tuple[int, int, int], strides: list[int]
     return steps
 
 
-__all__ = ["create_timm_model", "tapped_timm_config"]
+__all__ = ["create_timm_model", "require_timm", "tapped_timm_config"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration.maxvit_encoders import VARIANTS
+from ..configuration.timm_stages import require_timm
 from .checkpoint_layout import CheckpointLayout, StateDict
 
 _SE = "stages.0.blocks.0.conv.se.fc1.weight"
@@ -49,7 +50,7 @@ def _architecture(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]
 
 
 def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    # imported here, since these import timm
+    require_timm()  # which these import
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 
     architecture, model_args = _architecture(state_dict)

@@ -41,7 +41,8 @@ def encoder_image_processor(name_or_dir: str | PathLike, config: PreTrainedConfi
     """
     downsampling = encoder_downsampling(config)
     if name_or_dir in ENCODERS:
-        return LlavaStyleImageProcessor(**image_processor_arguments(str(name_or_dir)) | {"downsampling": downsampling})
+        arguments = image_processor_arguments(str(name_or_dir)) | {"downsampling": downsampling}
+        return LlavaStyleImageProcessor(**arguments | {"size": _canvas(arguments["size"], config)})
     try:
         saved = AutoImageProcessor.from_pretrained(name_or_dir)
     except (OSError, ValueError, ImportError) as error:
@@ -53,6 +54,14 @@ def encoder_image_processor(name_or_dir: str | PathLike, config: PreTrainedConfi
     if isinstance(saved, LlavaStyleImageProcessor):
         return LlavaStyleImageProcessor(**saved.to_dict() | {"downsampling": downsampling})
     return LlavaStyleImageProcessor(**_arguments_of_stock(saved.to_dict(), str(name_or_dir)), downsampling=downsampling)
+
+
+def _canvas(size: dict[str, int], config: PreTrainedConfig) -> dict[str, int]:
+    """The next larger size that a timm model with fixed windows takes, or its only one; that of any other as it is."""
+    only, multiple = getattr(config, "only_size", None), getattr(config, "canvas_multiple", None) or 1
+    if only:
+        return dict(zip(("height", "width"), only, strict=True))
+    return {side: length + -length % multiple for side, length in size.items()}
 
 
 def _arguments_of_timm(data: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageClassification, TimmWrapperForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TimmWrapperForImageClassification
 
 from ssm_vlm.modeling.encoder_conversion import convert_published
 from ssm_vlm.modeling.encoder_loading import load_encoder
@@ -178,6 +178,13 @@ def test_other_canvases_are_refused(folder, tap, height, width, multiple):
     )
     with pytest.raises(ValueError, match=sentence):
         load_encoder(folder, tap=tap)(torch.zeros(1, 3, height, width))
+
+
+def test_its_pictures_fit(folder):
+    """No named encoder has this size of windows, so the canvas of the family is enlarged to whole ones."""
+    size = AutoImageProcessor.from_pretrained(folder).size
+    assert (size.height, size.width) == (256, 256)
+    features(load_encoder(folder), torch.zeros(1, 3, 256, 256))
 
 
 def test_a_tapped_folder_reloads(folder, golden, tmp_path):
