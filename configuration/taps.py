@@ -58,10 +58,16 @@ and computed, and only the tap is returned. FocalNet's own stages end after thei
 BLOCK_BACKBONES = {"vitdet": "num_hidden_layers"}
 """`model_type` of a plain Backbone that calls the output of its block K "stageK" -> field that counts its blocks."""
 
-NORMED_TAPS = {"swin": "neutral", "convnext": "neutral", "convnextv2": "neutral", "pvt_v2": "trained"}
+NORMED_TAPS = {
+    "swin": "parameter-free",
+    "convnext": "parameter-free",
+    "convnextv2": "parameter-free",
+    "pvt_v2": "trained",
+}
 NORMED_TAPS |= {"vit_adapter": "trained"}
-"""`model_type` of a Backbone that norms its tap -> whether published files hold that norm ("trained") or it
-stays at scale 1 and shift 0 ("neutral"), and so is what the VLM's parameter-free `tap_norm` would do."""
+"""`model_type` of a Backbone that norms its tap -> whether published files hold that norm ("trained"). Where they do
+not, it stays at scale 1 and shift 0 and is not trained ("parameter-free"): so is VMamba's, and so is the `tap_norm` of
+the vision-language model, which changes nothing behind it."""
 
 UNUSABLE = {
     "hiera": "the Backbone of this Transformers version leaves out the reordering of its tokens; timm's Hiera can be "
@@ -139,7 +145,7 @@ def _cut_drop_path(rate: float, kept: int, whole: int) -> float:
 
 
 def tap_norm(config: Any) -> str:
-    """What an encoder does to its tap: "none", "parameter-free", "neutral" (see `NORMED_TAPS`) or "trained".
+    """The norm of an encoder's own tap: "none", "parameter-free" or "trained".
 
     Args:
         config: a Backbone config, tapped.

@@ -288,19 +288,22 @@ def tap_whole(
         ValueError: naming tensors that the Backbone needs and the whole model lacks, or has in another shape.
     """
     tapped = _on_meta(config)
-    picked = _tensors_of(tapped, tensors, model_class, where)
+    picked, neutral = _tensors_of(tapped, tensors, model_class, where)
     dtype = next(tensor.dtype for tensor in picked.values() if tensor.is_floating_point())
     with _report_of_ours():
-        return type(tapped).from_pretrained(None, config=config, state_dict=picked, dtype=dtype).eval()
+        backbone = type(tapped).from_pretrained(None, config=config, state_dict=picked, dtype=dtype).eval()
+    for name in neutral:  # a norm that nobody trained is not trained here either: it has no parameters, so to speak
+        backbone.get_parameter(name).requires_grad_(False)
+    return backbone
 
 
 def _tensors_of(
     tapped: PreTrainedModel, tensors: Mapping[str, torch.Tensor], model_class: type[PreTrainedModel], where: str
-) -> StateDict:
-    """What the tapped model (without memory) takes from the whole one, under the tapped model's names."""
+) -> tuple[StateDict, list[str]]:
+    """What the tapped model (without memory) takes from the whole one, under the tapped model's names; neutral ones."""
     prefix = model_class.base_model_prefix
     picked: dict[str, Any] = {}
-    missing, misshaped = [], []
+    neutral, missing, misshaped = [], [], []
     timm_names = names_in_whole(tapped) if tapped.config.model_type == "tapped_timm" else {}
     for key, own in tapped.state_dict().items():
         source = timm_names.get(key) or _name_in_whole(key, tapped)
@@ -308,13 +311,14 @@ def _tensors_of(
         fits = found is not None and found.shape == own.shape
         if not fits and key.startswith(_NEUTRAL_NORMS):
             found = torch.full(own.shape, 1.0 if key.endswith("weight") else 0.0)
+            neutral.append(key)
         elif found is None:
             missing.append(source)
         elif not fits:
             misshaped.append(f"{source} {tuple(found.shape)} instead of {tuple(own.shape)}")
         picked[key] = found
     report_misfit(where, missing=missing, unexpected=(), misshaped=misshaped)
-    return picked
+    return picked, neutral
 
 
 def _name_in_whole(key: str, tapped: PreTrainedModel) -> str:

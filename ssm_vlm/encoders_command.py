@@ -18,7 +18,7 @@ from .configuration.taps import tap_norm
 from .modeling.token_grid import encoder_downsampling, grid_size
 
 _NOTES = {
-    "norm": "norm: of the tap, inside the encoder; neutral: it is there, but the files hold no weights for it.",
+    "norm": "norm: what the encoder itself does to its tap; parameter-free where the files hold none.",
     "params M": "params, GFLOPs: up to the tap, heads never; a multiply and an add are two FLOPs.",
     "top-1": "top-1: ImageNet, whole published model.",
     "loaded": "loaded: did this code ever load the published file itself? own: this project trains it.",

@@ -62,7 +62,7 @@ def test_families_stand_together_under_their_name(capsys, monkeypatch):
 def test_how_each_tap_is_normed():
     norms = {name: describe(encoder)["tap_norm"] for name, encoder in ENCODERS.items()}
     assert norms["vit_small_patch16.augreg_in1k_224"] == "none"
-    assert norms["swin_tiny.in1k_224"] == norms["convnext_tiny.in1k_224"] == "neutral"
+    assert norms["swin_tiny.in1k_224"] == norms["convnext_tiny.in1k_224"] == "parameter-free"
     assert norms["pvt_v2_b2.in1k_224"] == norms["vmamba_small_s2l15.coco_maskrcnn_1x"] == "trained"
 
 

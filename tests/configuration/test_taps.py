@@ -95,6 +95,8 @@ class TestStages:
         assert (features - expected).abs().max() <= 1e-4 * expected.abs().max()
         assert features.shape[2:] == grid_size(*size, encoder_downsampling(config))
         assert backbone.channels == [features.shape[1]]
+        frozen = {key for key, parameter in backbone.named_parameters() if not parameter.requires_grad}
+        assert all("norm" in key for key in frozen) and bool(frozen) == (name in NORMED)
 
     def test_later_stages_do_not_exist(self, name):
         whole = whole_model(name)
