@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_vlm.modeling.ops.selective_scan_1d import BACKENDS, selective_scan_1d
+from ssm_vlm.modeling.ops.selective_scan_1d import selective_scan_1d
 from ssm_vlm.modeling.ops.selective_scan_1d.naive import selective_scan_1d_naive
-from ssm_vlm.modeling.ops.selective_scan_2d import chunked, selective_scan_2d
+from ssm_vlm.modeling.ops.selective_scan_2d import BACKENDS, chunked, selective_scan_2d
 
 NAMES = ("x", "dt_low_rank", "b", "c", "dt_weight", "dt_bias", "a_log", "d")
 fast_backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "naive"])
@@ -144,7 +144,7 @@ def test_gradients_of_states_that_decay_fast():
 
 def test_environment_chooses(monkeypatch):
     monkeypatch.setenv("SSM_VLM_SCAN_BACKEND", "typo")
-    with pytest.raises(ValueError, match=r"selective_scan_1d: unknown backend 'typo' \(SSM_VLM_SCAN_BACKEND asks"):
+    with pytest.raises(ValueError, match=r"unknown backend 'typo' \(SSM_VLM_SCAN_BACKEND asks"):
         selective_scan_1d(*make_inputs(1, 2, 1, 1, 1))
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_vlm.modeling.ops import scan_backends
-from ssm_vlm.modeling.ops import selective_scan_2d as op
-from ssm_vlm.modeling.ops.selective_scan_2d import BACKENDS, chunked, selective_scan_2d
+from ssm_vlm.modeling.ops.scan_backends import Backend
+from ssm_vlm.modeling.ops.selective_scan_2d import BACKENDS, chunked, custom_op, selective_scan_2d
 from ssm_vlm.modeling.ops.selective_scan_2d.naive import scan_orders, selective_scan_2d_naive
 
 NAMES = ("x", "dt_low_rank", "b", "c", "dt_weight", "dt_bias", "a_log", "d")
@@ -243,16 +243,19 @@ def test_state_reaches_only_later_positions_of_each_order():
 
 def test_argument_beats_variable_beats_default(monkeypatch):
     called = []
-    monkeypatch.setattr(
-        op, "BACKENDS", {name: lambda *inputs, name=name: called.append(name) or inputs[0] for name in BACKENDS}
-    )
+
+    def noting(name):
+        return lambda *inputs: called.append(name) or inputs[0].clone()
+
+    noting_backends = {name: Backend(noting(name), noting(name), lambda *_, asked_for: None) for name in ("b1", "b2")}
+    monkeypatch.setattr(custom_op, "BACKENDS", noting_backends)
     inputs = make_inputs(1, 2, 2, 1, 1, 1)
     monkeypatch.delenv("SSM_VLM_SCAN_BACKEND", raising=False)
     selective_scan_2d(*inputs)
-    monkeypatch.setenv("SSM_VLM_SCAN_BACKEND", "naive")
+    monkeypatch.setenv("SSM_VLM_SCAN_BACKEND", "b2")
     selective_scan_2d(*inputs)
-    selective_scan_2d(*inputs, backend="chunked")
-    assert called == ["chunked", "naive", "chunked"]
+    selective_scan_2d(*inputs, backend="b1")
+    assert called == ["b1", "b2", "b1"]
 
 
 def test_choice_is_logged_once_with_its_reason(caplog):

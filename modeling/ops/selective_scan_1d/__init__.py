@@ -1,13 +1,11 @@
-"""Selective scan of a sequence: one public function, a readable oracle and a faster backend behind it."""
+"""Selective scan of a sequence: a readable oracle, and the scan of a map of one row in one of its directions."""
 
+import torch
 from torch import Tensor
 
-from ..scan_backends import choose_backend
-from .chunked import selective_scan_1d_chunked
+from ..scan_backends import asked_for, log_once
+from ..selective_scan_2d import BACKENDS
 from .naive import selective_scan_1d_naive
-
-BACKENDS = {"naive": selective_scan_1d_naive, "chunked": selective_scan_1d_chunked}
-"""Name -> implementation. All take the tensors of `selective_scan_1d` in its order and agree with `naive`."""
 
 
 def selective_scan_1d(
@@ -42,9 +40,16 @@ def selective_scan_1d(
 
     Raises:
         ValueError: for shapes that do not fit together, an empty sequence, or an unknown backend.
+        RuntimeError: the backend that is asked for cannot run on these tensors or on this machine.
     """
     _check_shapes(x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
-    return choose_backend("selective_scan_1d", BACKENDS, x, backend)(x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
+    name, reason = asked_for(backend)
+    if name == "naive" and not x.is_meta:  # no loop where there is nothing to compute
+        log_once("selective_scan_1d", name, reason)
+        return selective_scan_1d_naive(x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
+    directed = (values[:, None, :, None] for values in (dt_low_rank, b, c))  # [B, 1, L, 1, *]
+    parameters = (parameter.unsqueeze(0) for parameter in (dt_weight, dt_bias, a_log, d))
+    return torch.ops.ssm_vlm.selective_scan_2d(x.unsqueeze(1), *directed, *parameters, backend).squeeze(1)
 
 
 def _check_shapes(

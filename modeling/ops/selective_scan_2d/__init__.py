@@ -1,13 +1,15 @@
 """Two-dimensional selective scan: one public function, a readable oracle and faster backends behind it."""
 
+import torch
 from torch import Tensor
 
-from ..scan_backends import choose_backend
-from .chunked import selective_scan_2d_chunked
+from ..scan_backends import asked_for, log_once
+from .custom_op import BACKENDS as FAST_BACKENDS
+from .custom_op import NAME
 from .naive import selective_scan_2d_naive
 
-BACKENDS = {"naive": selective_scan_2d_naive, "chunked": selective_scan_2d_chunked}
-"""Name -> implementation. All take the tensors of `selective_scan_2d` in its order and agree with `naive`."""
+BACKENDS = ("naive", *FAST_BACKENDS)
+"""Names of all implementations; `naive` is plain torch code, the others run inside one registered operator."""
 
 
 def selective_scan_2d(
@@ -24,7 +26,8 @@ def selective_scan_2d(
 ) -> Tensor:
     """Scan a map by rows, by columns and along both reversed orders, and sum the four results at each position.
 
-    The state is kept in float32 (float64 where `x` is float64) whatever the dtype of the inputs. Projections that
+    The state is kept in float32 (float64 where `x` is float64) whatever the dtype of the inputs. Differentiable once
+    (`naive`: any number of times). Projections that
     depend on the position stay in map order: the op does the reordering.
 
     Args:
@@ -36,16 +39,22 @@ def selective_scan_2d(
         a_log: logarithm of the decay rates, [4, E, N].
         d: weight of the skip, [4, E].
         backend: name in `BACKENDS`; by default the environment variable `SSM_VLM_SCAN_BACKEND`, else the fastest one
-            that fits.
+            that fits. On a CPU that is `cpp` for all but small maps where there is a C++ compiler, else `chunked`.
 
     Returns:
         [B, H, W, E] in the dtype of `x`.
 
     Raises:
         ValueError: for shapes that do not fit together, an empty map, or an unknown backend.
+        RuntimeError: the backend that is asked for cannot run on these tensors or on this machine.
     """
     _check_shapes(x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
-    return choose_backend("selective_scan_2d", BACKENDS, x, backend)(x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
+    tensors = (x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
+    name, reason = asked_for(backend)
+    if name == "naive" and not x.is_meta:  # no loop where there is nothing to compute
+        log_once(NAME, name, reason)
+        return selective_scan_2d_naive(*tensors)
+    return torch.ops.ssm_vlm.selective_scan_2d(*tensors, backend)
 
 
 def _check_shapes(

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 UNIT_ELEMENTS = 1 << 19
 """Elements of one temporary on a CPU. Accelerators take everything at once."""
@@ -120,101 +120,136 @@ class _Workspace:
         return buffer[:size].view(shape)
 
 
-class _SelectiveScan2d(torch.autograd.Function):
-    """`selective_scan_2d_naive` and its gradient; see there for the equations and the shapes."""
+def _folded(weight: Tensor, *maps: Tensor) -> list[Tensor]:
+    """Maps to scan. A sequence, which is a map of one row and one direction, becomes a square whose rows are chunks.
 
-    @staticmethod
-    def forward(ctx, x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d):
-        ctx.save_for_backward(x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        low_rank, b, c, weight, bias, a_log, d = (
-            tensor.to(dtype) for tensor in (dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
-        )
-        batch, height, width, channels = x.shape
-        rates_log2 = -LOG2_E * torch.exp(a_log).transpose(1, 2).contiguous()  # [4, N, E]
-        out = x * d.sum(0)  # the skip of all four directions
-        scratch = _Workspace(out)
-        for images, k, cols in _units(batch, height * width, channels, len(d), x.device.type == "cpu"):
-            along, reverse = 2 - k % 2, k >= 2
-            map_x, map_out = x[images, ..., cols].to(dtype), out[images, ..., cols]
-            map_b, map_c = b[images, :, :, k], c[images, :, :, k]
-            shape = map_out.shape
-            delta = scratch("delta", shape)
-            _step_size_(delta, low_rank[images, :, :, k], weight[k, cols], bias[k, cols])
-            torch.ops.aten.softplus.out(delta, out=delta)
-            scaled = torch.mul(delta, map_x, out=scratch("scaled", shape))
-            total = delta.sum(along)
-            for n in range(b.shape[-1]):
-                rate_log2 = rates_log2[k, n, cols]
-                decay = torch.mul(delta, rate_log2, out=scratch("decay", shape)).exp2_()
-                states = torch.mul(scaled, map_b[..., n, None], out=scratch("states", shape))
-                scan_(states, decay, torch.exp2(total * rate_log2), along, reverse)
-                map_out.addcmul_(states, map_c[..., n, None])
-        return out.to(x.dtype)
+    Row by row a square is the sequence itself. Zeros after its end fill the last row: nothing before depends on them.
+    """
+    height, length = maps[0].shape[1:3]
+    if height > 1 or len(weight) > 1:
+        return list(maps)
+    columns = math.isqrt(length - 1) + 1
+    rows = -(-length // columns)
+    padding = rows * columns - length
+    return [
+        F.pad(values, (*[0, 0] * (values.dim() - 3), 0, padding)).squeeze(1).unflatten(1, (rows, columns))
+        for values in maps
+    ]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        saved = x, *parameters = ctx.saved_tensors
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        low_rank, b, c, weight, bias, a_log, d = (tensor.to(dtype) for tensor in parameters)
-        batch, height, width, channels = x.shape
-        rates = -torch.exp(a_log).transpose(1, 2).contiguous()  # [4, N, E]
-        rates_log2 = LOG2_E * rates
-        grad = grad.to(dtype)
-        grad_x = grad * d.sum(0)
-        grad_d = (grad * x).sum((0, 1, 2)).expand_as(d)
-        grad_low_rank, grad_b, grad_c, grad_weight, grad_bias, grad_rates = (
-            torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-            for tensor in (low_rank, b, c, weight.transpose(1, 2), bias, rates)
-        )
-        scratch = _Workspace(grad_x)
-        for images, k, cols in _units(batch, height * width, channels, len(d), x.device.type == "cpu"):
-            along, reverse = 2 - k % 2, k >= 2
-            map_x, map_grad = x[images, ..., cols].to(dtype), grad[images, ..., cols]
-            map_b, map_c = b[images, :, :, k], c[images, :, :, k]
-            shape = map_x.shape
-            raw, delta = scratch("raw", shape), scratch("delta", shape)
-            _step_size_(raw, low_rank[images, :, :, k], weight[k, cols], bias[k, cols])
-            torch.ops.aten.softplus.out(raw, out=delta)
-            scaled = torch.mul(delta, map_x, out=scratch("scaled", shape))
-            total = delta.sum(along)
-            total_adjoint = _adjoint_total(total, delta.select(along, -1 if reverse else 0), reverse)
-            grad_scaled, grad_delta = scratch("grad_scaled", shape).zero_(), scratch("grad_delta", shape).zero_()
-            for n in range(b.shape[-1]):
-                rate_log2, b_n, c_n = rates_log2[k, n, cols], map_b[..., n, None], map_c[..., n, None]
-                decay = torch.mul(delta, rate_log2, out=scratch("decay", shape)).exp2_()
-                states = torch.mul(scaled, b_n, out=scratch("states", shape))
-                scan_(states, decay, torch.exp2(total * rate_log2), along, reverse)
-                product = torch.mul(map_grad, states, out=scratch("product", shape))
-                grad_c[images, :, :, k, n] += product.sum(-1)
-                adjoint = torch.mul(map_grad, c_n, out=scratch("adjoint", shape))
-                adjoint_scan_(adjoint, decay, torch.exp2(total_adjoint * rate_log2), along, reverse)
-                torch.mul(adjoint, scaled, out=product)
-                grad_b[images, :, :, k, n] += product.sum(-1)
-                grad_scaled.addcmul_(adjoint, b_n)
-                # The gradient with respect to delta_t rate is g_t decay_t h_{t-1}. Its other form, g_t (h_t - scaled_t
-                # b_t), would lose all digits where states decay fast.
-                _decayed_states(states, decay, along, reverse, out=product)
-                product.mul_(adjoint)
-                grad_delta.addcmul_(product, rates[k, n, cols])
-                grad_rates[k, n, cols] += product.mul_(delta).sum((0, 1, 2))
-            grad_delta.addcmul_(grad_scaled, map_x)
-            grad_x[images, ..., cols].addcmul_(grad_scaled, delta)
-            torch.ops.aten.softplus_backward.grad_input(grad_delta, raw, 1, 20, grad_input=grad_delta)
-            flat = grad_delta.view(-1, shape[-1])
-            grad_bias[k, cols] += flat.sum(0)
-            # Both products are thin; with the short side first they run several times as fast. Autocast would take `@`
-            # to half precision, and leaves products into given memory alone.
-            grad_weight[k, :, cols].addmm_(low_rank[images, :, :, k].flatten(0, 2).t(), flat)
-            thin = scratch("thin", torch.Size((weight.shape[-1], flat.shape[0])))
-            torch.mm(weight[k, cols].t().contiguous(), flat.t(), out=thin)
-            grad_low_rank[images, :, :, k] += thin.t().view(*shape[:-1], -1)
-        # d rates / d a_log = rates
-        grad_a_log = (grad_rates * rates).transpose(1, 2)
-        grad_weight = grad_weight.transpose(1, 2)  # [4, E, R]
-        grads = (grad_x, grad_low_rank, grad_b, grad_c, grad_weight, grad_bias, grad_a_log, grad_d)
-        return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(grads, saved, strict=True))
+
+def _unfolded(values: Tensor, shape: torch.Size) -> Tensor:
+    """What `_folded` folded, back in its `shape`; anything else as it is."""
+    if values.shape == shape:
+        return values
+    return values.flatten(1, 2)[:, : shape[2]].unsqueeze(1)
+
+
+def why_not(*tensors: Tensor, asked_for: bool) -> str | None:
+    """Nothing speaks against it."""
+    return None
+
+
+def forward(
+    x: Tensor, dt_low_rank: Tensor, b: Tensor, c: Tensor, dt_weight: Tensor, dt_bias: Tensor, a_log: Tensor, d: Tensor
+) -> Tensor:
+    """Equals `selective_scan_2d_naive`, on any device, for any map size and number of states.
+
+    Parameters of the first K directions alone scan along those alone.
+    """
+    given = x.shape
+    x, dt_low_rank, b, c = _folded(dt_weight, x, dt_low_rank, b, c)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    low_rank, b, c, weight, bias, a_log, d = (
+        tensor.to(dtype) for tensor in (dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
+    )
+    batch, height, width, channels = x.shape
+    rates_log2 = -LOG2_E * torch.exp(a_log).transpose(1, 2).contiguous()  # [4, N, E]
+    out = x * d.sum(0)  # the skip of all four directions
+    scratch = _Workspace(out)
+    for images, k, cols in _units(batch, height * width, channels, len(d), x.device.type == "cpu"):
+        along, reverse = 2 - k % 2, k >= 2
+        map_x, map_out = x[images, ..., cols].to(dtype), out[images, ..., cols]
+        map_b, map_c = b[images, :, :, k], c[images, :, :, k]
+        shape = map_out.shape
+        delta = scratch("delta", shape)
+        _step_size_(delta, low_rank[images, :, :, k], weight[k, cols], bias[k, cols])
+        torch.ops.aten.softplus.out(delta, out=delta)
+        scaled = torch.mul(delta, map_x, out=scratch("scaled", shape))
+        total = delta.sum(along)
+        for n in range(b.shape[-1]):
+            rate_log2 = rates_log2[k, n, cols]
+            decay = torch.mul(delta, rate_log2, out=scratch("decay", shape)).exp2_()
+            states = torch.mul(scaled, map_b[..., n, None], out=scratch("states", shape))
+            scan_(states, decay, torch.exp2(total * rate_log2), along, reverse)
+            map_out.addcmul_(states, map_c[..., n, None])
+    return _unfolded(out, given).to(x.dtype)
+
+
+def backward(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of all eight inputs of `forward`."""
+    weight = inputs[4]
+    grad, x, *parameters = *_folded(weight, grad, *inputs[:4]), *inputs[4:]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    low_rank, b, c, weight, bias, a_log, d = (tensor.to(dtype) for tensor in parameters)
+    batch, height, width, channels = x.shape
+    rates = -torch.exp(a_log).transpose(1, 2).contiguous()  # [4, N, E]
+    rates_log2 = LOG2_E * rates
+    grad = grad.to(dtype)
+    grad_x = grad * d.sum(0)
+    grad_d = (grad * x).sum((0, 1, 2)).expand_as(d)
+    grad_low_rank, grad_b, grad_c, grad_weight, grad_bias, grad_rates = (
+        torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (low_rank, b, c, weight.transpose(1, 2), bias, rates)
+    )
+    scratch = _Workspace(grad_x)
+    for images, k, cols in _units(batch, height * width, channels, len(d), x.device.type == "cpu"):
+        along, reverse = 2 - k % 2, k >= 2
+        map_x, map_grad = x[images, ..., cols].to(dtype), grad[images, ..., cols]
+        map_b, map_c = b[images, :, :, k], c[images, :, :, k]
+        shape = map_x.shape
+        raw, delta = scratch("raw", shape), scratch("delta", shape)
+        _step_size_(raw, low_rank[images, :, :, k], weight[k, cols], bias[k, cols])
+        torch.ops.aten.softplus.out(raw, out=delta)
+        scaled = torch.mul(delta, map_x, out=scratch("scaled", shape))
+        total = delta.sum(along)
+        total_adjoint = _adjoint_total(total, delta.select(along, -1 if reverse else 0), reverse)
+        grad_scaled, grad_delta = scratch("grad_scaled", shape).zero_(), scratch("grad_delta", shape).zero_()
+        for n in range(b.shape[-1]):
+            rate_log2, b_n, c_n = rates_log2[k, n, cols], map_b[..., n, None], map_c[..., n, None]
+            decay = torch.mul(delta, rate_log2, out=scratch("decay", shape)).exp2_()
+            states = torch.mul(scaled, b_n, out=scratch("states", shape))
+            scan_(states, decay, torch.exp2(total * rate_log2), along, reverse)
+            product = torch.mul(map_grad, states, out=scratch("product", shape))
+            grad_c[images, :, :, k, n] += product.sum(-1)
+            adjoint = torch.mul(map_grad, c_n, out=scratch("adjoint", shape))
+            adjoint_scan_(adjoint, decay, torch.exp2(total_adjoint * rate_log2), along, reverse)
+            torch.mul(adjoint, scaled, out=product)
+            grad_b[images, :, :, k, n] += product.sum(-1)
+            grad_scaled.addcmul_(adjoint, b_n)
+            # The gradient with respect to delta_t rate is g_t decay_t h_{t-1}. Its other form, g_t (h_t - scaled_t
+            # b_t), would lose all digits where states decay fast.
+            _decayed_states(states, decay, along, reverse, out=product)
+            product.mul_(adjoint)
+            grad_delta.addcmul_(product, rates[k, n, cols])
+            grad_rates[k, n, cols] += product.mul_(delta).sum((0, 1, 2))
+        grad_delta.addcmul_(grad_scaled, map_x)
+        grad_x[images, ..., cols].addcmul_(grad_scaled, delta)
+        torch.ops.aten.softplus_backward.grad_input(grad_delta, raw, 1, 20, grad_input=grad_delta)
+        flat = grad_delta.view(-1, shape[-1])
+        grad_bias[k, cols] += flat.sum(0)
+        # Both products are thin; with the short side first they run several times as fast. Autocast would take `@`
+        # to half precision, and leaves products into given memory alone.
+        grad_weight[k, :, cols].addmm_(low_rank[images, :, :, k].flatten(0, 2).t(), flat)
+        thin = scratch("thin", torch.Size((weight.shape[-1], flat.shape[0])))
+        torch.mm(weight[k, cols].t().contiguous(), flat.t(), out=thin)
+        grad_low_rank[images, :, :, k] += thin.t().view(*shape[:-1], -1)
+    # d rates / d a_log = rates
+    grad_a_log = (grad_rates * rates).transpose(1, 2)
+    grad_weight = grad_weight.transpose(1, 2)  # [4, E, R]
+    grads = (grad_x, grad_low_rank, grad_b, grad_c, grad_weight, grad_bias, grad_a_log, grad_d)
+    return tuple(
+        _unfolded(gradient, tensor.shape).to(tensor.dtype) for gradient, tensor in zip(grads, inputs, strict=True)
+    )
 
 
 def _step_size_(out: Tensor, low_rank: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -230,16 +265,4 @@ def _adjoint_total(total: Tensor, first: Tensor, reverse: bool) -> Tensor:
     return total
 
 
-def selective_scan_2d_chunked(
-    x: Tensor,
-    dt_low_rank: Tensor,
-    b: Tensor,
-    c: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    a_log: Tensor,
-    d: Tensor,
-) -> Tensor:
-    """Equals `selective_scan_2d_naive`, on any device, for any map size and number of states; not twice
-    differentiable. Parameters of the first K directions alone scan along those alone."""
-    return _SelectiveScan2d.apply(x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
+__all__ = ["backward", "forward", "why_not"]
