@@ -61,14 +61,18 @@ def vlm_facts(saved: SavedFolder) -> Facts:
     config, sizes = saved.config, saved.parameters
     norms = {"layernorm": "LayerNorm without parameters", "none": "none: the features as they are"}
     encoder, language_model = encoder_part(saved).what, language_model_part(saved).what
+    grid = config.connector_grid
+    connector = f"`{config.connector}`" + (f", to at most {grid[0]}x{grid[1]} tokens" if grid else "")
+    own_norm = _tap_norm(saved.vision_config)
     return [
         ("task", "answers text about pictures with text; says where things are with boxes, if it was taught to"),
         ("encoder", _sized(encoder, config.vision_config.model_type, sizes["vision_tower"])),
         ("frozen in training", "yes" if config.freeze_vision else "no"),
         ("tap", f"`{saved.tap}`"),
+        *([("norm inside the encoder", own_norm)] if own_norm not in (None, "none") else []),
         ("tap norm", norms[config.tap_norm]),
         ("token positions", "none" if config.token_positions == "none" else f"`{config.token_positions}`"),
-        ("connector", _sized(f"`{config.connector}`", "", sizes["connector"])),
+        ("connector", _sized(connector, "", sizes["connector"])),
         ("language model", _sized(language_model, config.text_config.model_type, sizes["language_model"])),
         *_picture_facts(saved),
         ("box frame", f"`{config.box_frame}`: corners [x1, y1, x2, y2] as {_FRAMES[config.box_frame]}"),

@@ -211,6 +211,12 @@ def test_facts_of_a_vlm(saved_vlm):
         ("config.json", {"tap_norm": "none"}, "tap norm", "none: the features as they are"),
         ("config.json", {"token_positions": "sincos2d"}, "token positions", "`sincos2d`"),
         ("config.json", {"freeze_vision": False}, "frozen in training", "no"),
+        (
+            "config.json",
+            {"connector": "average_pool_mlp2", "connector_grid": [4, 6]},
+            "connector",
+            "`average_pool_mlp2`, to at most 4x6 tokens, 0.00182 M parameters",
+        ),
         ("config.json", {"connector": "linear"}, "connector", "`linear`, 0.00182 M parameters"),
         ("recipe.yaml", {"learning_rate": 0.5}, "peak learning rate", "0.5"),
         ("recipe.yaml", {"freeze_connector": True}, "trained", "language model"),
