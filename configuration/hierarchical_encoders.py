@@ -1,9 +1,9 @@
 """Published Swin, ConvNeXt and PVT v2 encoders: Transformers' own backbones, cut after stage 3.
 
 Without a fourth stage these classes have no downsampling after the third, so the tap comes before it, as VMamba's does.
-Swin's and ConvNeXt's classes always norm their tap; classification files hold no such norm, so it has no parameters (scale
-1, shift 0, never trained). PVT v2 ends every stage with a norm of its own, which is trained. Accuracies are those of the authors'
-repositories.
+Swin's and ConvNeXt's classes always norm their tap; classification files hold no such norm, so it has no parameters to
+speak of (scale 1, shift 0, never trained). PVT v2 ends every stage with a norm of its own, which is trained. Accuracies
+are those of the authors' repositories.
 """
 
 from functools import partial

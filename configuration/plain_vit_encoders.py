@@ -39,7 +39,9 @@ def _plain(
     stock_class: Callable[..., PreTrainedConfig], width: int, depth: int = 12, **fields
 ) -> HiddenStateBackboneConfig:
     """A stock config with heads of 64 channels and MLPs four times as wide, where `fields` do not say otherwise."""
-    usual = {"num_attention_heads": width // 64, "intermediate_size": 4 * width}
+    usual = {"num_attention_heads": width // 64}
+    if hasattr(stock_class, "intermediate_size"):  # DINOv2 has a ratio instead, 4 by default
+        usual["intermediate_size"] = 4 * width
     stock = stock_class(hidden_size=width, num_hidden_layers=depth, **usual | fields)
     return HiddenStateBackboneConfig(vision_config=stock)
 
@@ -102,7 +104,7 @@ PLAIN_VIT_ENCODERS = [
     _transformers(
         "clip_vit_large_patch14.openai_336",
         "openai/clip-vit-large-patch14-336",
-        partial(_plain, CLIPVisionConfig, 1024, 24, image_size=336, patch_size=14),
+        partial(_plain, CLIPVisionConfig, 1024, 24, image_size=336, patch_size=14, projection_dim=768),
         _OPENAI_336,
         parameters=290_909_184,
         flops=366_033_858_560,

@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig
 _NOT_ARCHITECTURE = {"_name_or_path", "architectures", "auto_map", "dtype", "drop_path_rate", "id2label", "label2id"}
 _NOT_ARCHITECTURE |= {"output_attentions", "output_hidden_states", "problem_type", "return_dict"}
 _NOT_ARCHITECTURE |= {"transformers_version"}
+# Decide nothing before a tap, or nothing once there are weights.
+_NOT_ARCHITECTURE |= {"encoder_stride", "initializer_factor", "initializer_range", "projection_dim"}
 # Shapes show the picture size where it decides anything; the tap is compared by the name of its stage.
 _NOT_ARCHITECTURE |= {"image_size", "tap_layer", "out_indices"}
 

@@ -1,5 +1,7 @@
 """From whole configs to tapped ones: every stock family, own ones, composites, and the answers to wrong taps."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import (
@@ -172,6 +174,14 @@ class TestOwn:
         assert tapped_config(whole).out_features == ["stage3"]
         assert tapped_config(whole, "stage2").hidden_size == 192
         assert tapped_config(SSMVisionConfig(hidden_sizes=[8, 16], depths=[1, 1])).out_features == ["stage2"]
+
+    @pytest.mark.parametrize("name", ENCODERS)
+    def test_named_encoders_have_no_field_that_their_class_does_not_know(self, name):
+        """Transformers keeps any argument as an attribute, and then no published config would be equal."""
+        config = ENCODERS[name].config()
+        config = getattr(config, "vision_config", config)
+        known = {field.name for field in dataclasses.fields(config)} | set(type(config)().to_dict())
+        assert not set(config.to_dict()) - known
 
     @pytest.mark.parametrize("name", ENCODERS)
     def test_named_encoders_keep_their_tap(self, name):
