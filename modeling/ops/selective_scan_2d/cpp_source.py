@@ -21,7 +21,6 @@ constexpr int BYTES = 32;
 constexpr int BYTES = 16;
 #endif
 constexpr int TILE = 16;  // positions
-constexpr int MANY = 4;   // vectors of a wide block
 
 template <typename T> struct Vector;
 template <> struct Vector<float> {
@@ -146,6 +145,7 @@ template <typename T, int NV> struct Task {
 
   // A tile: consecutive steps of a direction
   int64_t k = 0, count = 0, row[TILE], column[TILE];
+  const T *next_x[TILE] = {}, *next_out[TILE] = {};  // of the tile after it
   const T* low_rank[TILE];
   Rows x, delta;
 
@@ -221,6 +221,7 @@ template <typename T, int NV> struct Task {
       const T *even = low_rank[s], *odd = low_rank[s + 1 < count ? s + 1 : s];
       V raw[2][NV];
       for (int v = 0; v < NV; ++v) raw[0][v] = raw[1][v] = bias[v];
+      for (int i = 0; i < 2; ++i) prefetch(next_x[s + i]);
       for (int64_t r = 0; r < p.rank; ++r) {
         const V left = splat<T>(even[r]), right = splat<T>(odd[r]);
         for (int v = 0; v < NV; ++v) {
@@ -250,10 +251,7 @@ template <typename T, int NV> struct Task {
       for (int64_t begin = 0; begin < length; begin += TILE) {
         if (begin + TILE < length) {
           place(begin + TILE);
-          for (int s = 0; s < count; ++s) {
-            prefetch(x_at(s));
-            prefetch(out_at(s));
-          }
+          for (int s = 0; s < count; ++s) next_x[s] = x_at(s), next_out[s] = out_at(s);
         }
         gather(begin);
         step_sizes<false>(nullptr);
@@ -268,6 +266,7 @@ template <typename T, int NV> struct Task {
           for (int v = 0; v < NV; ++v) h[v] = states[n * NV + v], rate[v] = rate_log2[n * NV + v];
           for (int s = 0; s < count; ++s) {
             const V b = splat<T>(b_at(s)[n]), c = splat<T>(c_at(s)[n]);
+            if (n == 0) prefetch(next_out[s]);
             for (int v = 0; v < NV; ++v) {
               h[v] = power_of_2(delta[s][v] * rate[v]) * h[v] + delta[s][v] * x[s][v] * b;
               y[s][v] += h[v] * c;
@@ -407,30 +406,37 @@ template <typename T, int NV> struct Task {
   }
 };
 
-// Blocks of channels: wide ones, then narrow ones for the rest.
+// Blocks of channels: wide ones, half as wide ones where that divides the work better, and narrow ones for the rest.
 template <typename T> struct Blocks {
-  static constexpr int64_t NARROW = BYTES / sizeof(T), WIDE = MANY * NARROW;
-  int64_t wide, narrow;
+  static constexpr int64_t NARROW = BYTES / sizeof(T), HALF = 2 * NARROW, WIDE = 4 * NARROW;
+  int64_t wide, half, narrow;
   Blocks(int64_t channels, int64_t images, int64_t threads) {
     wide = channels / WIDE;
     if (images * (wide + 1) < threads) wide = 0;
-    narrow = (channels - wide * WIDE + NARROW - 1) / NARROW;
+    else if (images * wide < 4 * threads && images * wide % threads) wide -= 1;
+    const int64_t rest = channels - wide * WIDE;
+    half = images * wide + 1 < threads ? 0 : rest / HALF;
+    narrow = (rest - half * HALF + NARROW - 1) / NARROW;
   }
+  int64_t count() const { return wide + half + narrow; }
 };
 
+template <typename T, int NV> void run_task(const Problem<T>& p, int64_t image, int64_t first, int64_t block) {
+  Task<T, NV> task(p, image, first);
+  p.grad ? task.backward(block) : task.forward();
+}
+
 template <typename T> void run(const Problem<T>& p, int64_t threads) {
-  const Blocks<T> blocks(p.channels, p.batch, threads);
-  const int64_t per_image = blocks.wide + blocks.narrow, tasks = p.batch * per_image;
+  using B = Blocks<T>;
+  const B blocks(p.channels, p.batch, threads);
+  const int64_t tasks = p.batch * blocks.count();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads < tasks ? threads : tasks))
   for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t image = task / per_image, block = task % per_image;
-    if (block < blocks.wide) {
-      Task<T, MANY> work(p, image, block * Blocks<T>::WIDE);
-      p.grad ? work.backward(block) : work.forward();
-    } else {
-      Task<T, 1> work(p, image, blocks.wide * Blocks<T>::WIDE + (block - blocks.wide) * Blocks<T>::NARROW);
-      p.grad ? work.backward(block) : work.forward();
-    }
+    const int64_t image = task % p.batch, block = task / p.batch;  // the wide ones first
+    const int64_t half = block - blocks.wide, narrow = half - blocks.half;
+    if (half < 0) run_task<T, 4>(p, image, block * B::WIDE, block);
+    else if (narrow < 0) run_task<T, 2>(p, image, blocks.wide * B::WIDE + half * B::HALF, block);
+    else run_task<T, 1>(p, image, blocks.wide * B::WIDE + blocks.half * B::HALF + narrow * B::NARROW, block);
   }
 }
 
@@ -458,12 +464,7 @@ extern "C" {
 void ssm_vlm_scan_float32(void* const* tensors, const int64_t* numbers) { call<float>(tensors, numbers); }
 void ssm_vlm_scan_float64(void* const* tensors, const int64_t* numbers) { call<double>(tensors, numbers); }
 int64_t ssm_vlm_scan_blocks(int64_t bytes, int64_t channels, int64_t images, int64_t threads) {
-  if (bytes == 4) {
-    const Blocks<float> blocks(channels, images, threads);
-    return blocks.wide + blocks.narrow;
-  }
-  const Blocks<double> blocks(channels, images, threads);
-  return blocks.wide + blocks.narrow;
+  return bytes == 4 ? Blocks<float>(channels, images, threads).count() : Blocks<double>(channels, images, threads).count();
 }
 }
 """
