@@ -1,213 +1,204 @@
-"""Time encoders side by side: named encoders, and for scanning ones each backend of the scan.
+"""Time and memory of the scan, of whole encoders and of whole VLMs, side by side on the machine at hand.
 
-All contenders live in one process and take turns, so that whatever else the machine does meets all of them alike; the
-table gives medians, quartiles and the ratio of medians to the first contender.
+    python -m ssm_vlm.eval.benchmark                          # all parts, with a budget for each contender
+    python -m ssm_vlm.eval.benchmark op --shape 56x56x192 14x14x768 --batch 64 --device cuda --dtype bfloat16
+    python -m ssm_vlm.eval.benchmark encoder --encoder vmamba_small_s2l15.in1k_224 --size 224 800x1333 --batch 1
+    python -m ssm_vlm.eval.benchmark --quick                  # tries everything, in seconds, on toys
+    python -m ssm_vlm.eval.benchmark --table                  # README's table from benchmarks/results/*.json
 
-    python -m ssm_vlm.eval.benchmark --encoder vmamba_small_s2l15.in1k_224 vit_small_patch16.augreg_in1k_224 \
-        --backend naive chunked --last-stage --threads 2 --rounds 10 --output benchmark.json
+All contenders of one setting live in one process and take turns after a warm-up, so that whatever else the machine does
+meets all of them alike. What takes longer than the budget, does not fit into memory or is not installed is skipped and
+named. The JSON file holds settings, machine, every single time and what was skipped.
 """
 
 import argparse
-import contextlib
 import json
-import os
-import platform
-import statistics
+import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from transformers import AutoBackbone, PreTrainedConfig
 
-from ..configuration.named_encoders import get_named_encoder
-from ..modeling.ops.scan_backends import BACKEND_VARIABLE
 from ..modeling.ops.selective_scan_2d import BACKENDS
+from . import benchmark_report as report
+from .benchmark_contenders import COPY_BASED
+from .benchmark_parts import LANGUAGE_MODELS, OpShape, Settings, encoder_rows, op_rows, vlm_rows
+from .benchmark_timing import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+ENCODER_VARIANTS = ("default", "compiled", *BACKENDS, *COPY_BASED)
+
+FULL: dict[str, Any] = {
+    "shape": ["56x56x192", "28x28x384", "14x14x768", "56x56x192x16"],
+    "encoder": [
+        "vmamba_tiny_s1l8.in1k_224",
+        "vmamba_small_s2l15.in1k_224",
+        "vmamba_base_s2l15.in1k_224",
+        "swin_small.in1k_224",
+        "convnext_small.in1k_224",
+        "vit_small_patch16.augreg_in1k_224",
+        "vit_base_patch16.augreg_in1k_224",
+    ],
+    "size": ["224", "384", "512", "768", "1024", "800x1333", "1536", "2048"],
+    "vlm_encoder": ["vmamba_small_s2l15.in1k_224", "vit_small_patch16.augreg_in1k_224"],
+    "connector": ["mlp2", "pixel_shuffle_mlp2", "average_pool_mlp2"],
+    "language_model": ["0.5b", "7b"],
+    "rounds": 20,
+}
+QUICK: dict[str, Any] = {
+    "shape": ["6x5x32"],
+    "encoder": ["digit_vmamba.digitscenes_64", "digit_vit.digitscenes_64"],
+    "size": ["32", "48x64"],
+    "vlm_encoder": ["digit_vmamba.digitscenes_64"],
+    "connector": ["mlp2"],
+    "language_model": ["toy"],
+    "rounds": 2,
+}
 
 
-def measure(
-    contenders: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    warmup: int = 1,
-    synchronize: Callable[[], None] | None = None,
-) -> dict[str, list[float]]:
-    """Wall-clock seconds of each call, taken in turns.
-
-    Args:
-        contenders: name -> what to time.
-        rounds: timed calls of each; the order is reversed every second round.
-        warmup: untimed calls of each before the first round.
-        synchronize: waits for the device; called before and after each timed call.
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width from "224" or "800x1333".
 
     Raises:
-        ValueError: for fewer than one round, or no contender.
+        ValueError: it is neither.
     """
-    if rounds < 1 or not contenders:
-        raise ValueError(f"A benchmark needs a contender and at least one round, got {len(contenders)} and {rounds}.")
-    synchronize = synchronize or (lambda: None)
-    for call in contenders.values():
-        for _ in range(warmup):
-            call()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(rounds):
-        for name in list(contenders)[:: 1 if round_number % 2 == 0 else -1]:
-            synchronize()
-            start = time.perf_counter()
-            contenders[name]()
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def summarise(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Per contender: fastest, median, quartiles, and median over the median of the first contender."""
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    first = next(iter(medians.values()))
-    summary = {}
-    for name, times in seconds.items():
-        quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
-        summary[name] = {
-            "fastest": min(times),
-            "lower_quartile": quartiles[0],
-            "median": medians[name],
-            "upper_quartile": quartiles[2],
-            "ratio_to_first": medians[name] / first,
-        }
-    return summary
-
-
-@contextlib.contextmanager
-def scan_backend(name: str | None) -> Iterator[None]:
-    """Within it, every scan runs on this backend (None leaves the choice as it is)."""
-    before = os.environ.get(BACKEND_VARIABLE)
-    if name is not None:
-        os.environ[BACKEND_VARIABLE] = name
-    try:
-        yield
-    finally:
-        if name is not None:
-            del os.environ[BACKEND_VARIABLE]
-            if before is not None:
-                os.environ[BACKEND_VARIABLE] = before
-
-
-def scans(config: PreTrainedConfig) -> bool:
-    """Whether an encoder of this configuration runs the selective scan."""
-    return "ss2d" in getattr(config, "mixers", ())
-
-
-def make_contenders(
-    encoders: Mapping[str, torch.nn.Module], backends: list[str | None], pixel_values: Tensor, backward: bool
-) -> dict[str, Callable[[], None]]:
-    """One contender per encoder, and per backend where the encoder scans: `NAME` or `NAME [backend]`."""
-
-    def contender(encoder: torch.nn.Module, backend: str | None) -> Callable[[], None]:
-        def call() -> None:
-            with scan_backend(backend), torch.set_grad_enabled(backward):
-                features = encoder(pixel_values).feature_maps[-1]
-                if backward:
-                    encoder.zero_grad()
-                    features.float().square().mean().backward()
-
-        return call
-
-    contenders = {}
-    for name, encoder in encoders.items():
-        for backend in backends if scans(encoder.config) else [None]:
-            contenders[name if backend is None else f"{name} [{backend}]"] = contender(encoder, backend)
-    return contenders
-
-
-def build_encoder(name: str, last_stage: bool) -> torch.nn.Module:
-    """The named encoder with random weights, up to its tap, or to its last stage."""
-    config = get_named_encoder(name).config()
-    if last_stage:
-        config.out_features = config.stage_names[-1:]
-    return AutoBackbone.from_config(config).eval()
-
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    """What the figures were taken on."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "cpus": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
+        raise ValueError(f"{text!r} is no size of a picture: give pixels, such as 224, or HEIGHTxWIDTH.")
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ssm_vlm.eval.benchmark", description=__doc__.split("\n")[0])
-    parser.add_argument("--encoder", nargs="+", required=True, help="names as in `ssm-vlm encoders`")
-    parser.add_argument("--backend", nargs="+", default=[None], choices=list(BACKENDS), help="scan backends to compare")
-    parser.add_argument("--last-stage", action="store_true", help="run the whole encoder, not only up to its tap")
-    parser.add_argument("--size", nargs=2, type=int, default=[224, 224], metavar=("HEIGHT", "WIDTH"), help="pixels")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--backward", action="store_true", help="time forward and backward pass")
-    parser.add_argument("--rounds", type=int, default=10, help="timed calls of each contender")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    parser = argparse.ArgumentParser(
+        prog="python -m ssm_vlm.eval.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("part", nargs="*", help="op, encoder, vlm; all by default")
+    parser.add_argument("--shape", nargs="+", help="op: maps, as HEIGHTxWIDTHxCHANNELS or ...xSTATES")
+    parser.add_argument("--backend", nargs="+", choices=[*BACKENDS, *COPY_BASED], help="op: by default all")
+    parser.add_argument("--encoder", nargs="+", help="encoder: names as in `ssm-vlm encoders`")
+    parser.add_argument("--size", nargs="+", help="encoder, vlm: pixels of a side, or HEIGHTxWIDTH")
+    parser.add_argument(
+        "--variant", nargs="+", default=["default", "copy_based"], choices=ENCODER_VARIANTS,
+        help="encoder: scan backends, the library's choice (default), compiled inference",
+    )  # fmt: skip
+    parser.add_argument("--last-stage", action="store_true", help="encoder: the whole of it, not only up to its tap")
+    parser.add_argument("--backward", action="store_true", help="encoder: forward and backward pass")
+    parser.add_argument("--vlm-encoder", nargs="+", help="vlm: names as in `ssm-vlm encoders`")
+    parser.add_argument("--connector", nargs="+", help="vlm: connectors")
+    parser.add_argument("--language-model", nargs="+", choices=list(LANGUAGE_MODELS), help="vlm: sizes")
+    parser.add_argument(
+        "--batch", nargs="+", type=int,
+        help="op: batches. encoder: 1, and at 224x224, fewer as pictures grow; by default 1 and 16, on CUDA 1 and 128",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--output", type=Path, help="JSON file to write: settings, machine and every single time")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    parser.add_argument("--rounds", type=int, help="timed calls of each contender; by default 20")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds for each contender in each setting")
+    parser.add_argument("--quick", action="store_true", help="toys and two rounds, to see that all of it runs")
+    parser.add_argument("--output", type=Path, help="JSON file to write, or a folder for DEVICE_DATE.json")
+    parser.add_argument("--label", help="end of the name of the file in that folder")
+    parser.add_argument("--plot", type=Path, help="picture to write: encoders' times over pixels (needs matplotlib)")
+    parser.add_argument(
+        "--table", nargs="*", type=Path, metavar="JSON",
+        help="measure nothing: put the table of these results, by default benchmarks/results, into README.md",
+    )  # fmt: skip
     return parser
+
+
+def _check_parts(parts: list[str]) -> None:
+    for part in parts:
+        if part not in ("op", "encoder", "vlm"):
+            raise ValueError(f"There is no part {part!r}: choose among op, encoder and vlm.")
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measures what the options ask for, printing as it goes, and saving so that a run that is ended loses little.
+
+    Returns:
+        What is saved: `settings`, `machine`, `rows`, `skipped`, `exponents` and `crossovers`.
+
+    Raises:
+        ValueError: an option names nothing that exists.
+    """
+    parts = options.part or ["op", "encoder", "vlm"]
+    _check_parts(parts)
+    sizes, shapes = [parse_size(size) for size in options.size], [OpShape.parse(shape) for shape in options.shape]
+    settings = Settings(
+        torch.device(options.device),
+        getattr(torch, options.dtype),
+        options.rounds,
+        options.budget,
+        say=lambda line: console.print(line, style="yellow", markup=False, highlight=False),
+    )
+    torch.manual_seed(0)
+    made = {
+        "op": lambda: op_rows(shapes, options.batch, options.backend, settings),
+        "encoder": lambda: encoder_rows(
+            options.encoder, sizes, options.batch, options.variant, settings, options.backward, options.last_stage
+        ),
+        "vlm": lambda: vlm_rows(options.vlm_encoder, sizes, options.connector, options.language_model, settings),
+    }
+    rows: list[report.Row] = []
+    asked_for = {key: value for key, value in vars(options).items() if key not in ("output", "plot", "table")}
+    record = {"settings": asked_for, "machine": machine(settings.device), "rows": rows, "skipped": settings.skipped}
+    for part in parts:
+        for new in made[part]():
+            report.print_rows(new, console)
+            rows.extend(new)
+            record |= report.summaries(rows)
+            _save(record, options)
+    report.print_summary(record, console)
+    return record
+
+
+def _save(record: dict[str, Any], options: argparse.Namespace) -> None:
+    if options.output is not None:
+        results_path(options.output, record, options.label).write_text(json.dumps(record, separators=(",", ":")) + "\n")
+    if options.plot is not None and any(row["part"] == "encoder" for row in record["rows"]):
+        report.plot(record["rows"], options.plot)
+
+
+def _fill_in(options: argparse.Namespace) -> None:
+    """Options that were not given: those of a quick or of a full run."""
+    for name, value in (QUICK if options.quick else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.batch is None:
+        options.batch = [1, 2] if options.quick else [1, 128 if options.device.startswith("cuda") else 16]
+    if options.backend is None:
+        options.backend = [*BACKENDS, *COPY_BASED]
+
+
+def results_path(output: Path, record: dict[str, Any], label: str | None) -> Path:
+    """`output`, or in it, where it is a folder, DEVICE_DATE.json or DEVICE_DATE_LABEL.json."""
+    if not output.is_dir():
+        return output
+    device = re.sub(r"[^a-z0-9]+", "-", record["machine"]["device"].lower()).strip("-")
+    words = [device, record["machine"]["date"], *([label] if label else [])]
+    return output / f"{'_'.join(words)}.json"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a benchmark from the command line."""
     options = _parser().parse_args(argv)
-    device = torch.device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     try:
-        encoders = {
-            name: build_encoder(name, options.last_stage).to(device, getattr(torch, options.dtype))
-            for name in options.encoder
-        }
-        pixel_values = torch.randn(
-            options.batch_size, 3, *options.size, device=device, dtype=getattr(torch, options.dtype)
-        )
-        seconds = measure(
-            make_contenders(encoders, options.backend, pixel_values, options.backward),
-            options.rounds,
-            synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
-        )
-        summary = summarise(seconds)
-        if options.output is not None:
-            settings = vars(options) | {"output": str(options.output)}
-            record = {"settings": settings, "machine": machine(device), "summary": summary, "seconds": seconds}
-            options.output.write_text(json.dumps(record, indent=1) + "\n")
-    except (ValueError, OSError) as error:
+        if options.table is not None:
+            paths = options.table or sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+            report.write_readme(ROOT / "README.md", report.readme_block(paths))
+            return 0
+        _fill_in(options)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        run(options, Console(width=None if sys.stdout.isatty() else 120))
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _print(summary, options, machine(device))
     return 0
-
-
-def _print(summary: dict[str, dict[str, float]], options: argparse.Namespace, taken_on: dict[str, str | int]) -> None:
-    passes = "forward and backward" if options.backward else "forward"
-    height, width = options.size
-    extent = "to the last stage" if options.last_stage else "to the tap"
-    table = Table(title=f"{passes}, {extent}, batch {options.batch_size}, {height}x{width}, {options.dtype}")
-    for column in ("encoder", "median ms", "quartiles ms", "fastest ms", "over first"):
-        table.add_column(column, justify="left" if column == "encoder" else "right")
-    for name, figures in summary.items():
-        quartiles = f"{1e3 * figures['lower_quartile']:.1f}-{1e3 * figures['upper_quartile']:.1f}"
-        table.add_row(
-            name.replace("[", r"\["),
-            f"{1e3 * figures['median']:.1f}",
-            quartiles,
-            f"{1e3 * figures['fastest']:.1f}",
-            f"{figures['ratio_to_first']:.2f}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(", ".join(f"{key}: {value}" for key, value in taken_on.items()), markup=False)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ssm_vlm.configuration.named_encoders import ENCODERS
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGE_DIRS = PYPROJECT["tool"]["setuptools"]["package-dir"]
-NOT_SOURCE = ("tests", "build", "dist", "runs", "*.egg-info", ".*", "__pycache__")
+NOT_SOURCE = ("tests", "benchmarks", "build", "dist", "runs", "*.egg-info", ".*", "__pycache__")
 HEAVY = ("datasets", "deepspeed", "evaluate", "matplotlib", "sklearn", "timm", "torchvision")
 
 

@@ -1,0 +1,124 @@
+"""The scan as the reference composes it, written anew as a baseline: nothing of the library runs through this.
+
+The map is laid out four times, once in each order (cross-scan); the position-dependent parameters are projected from
+the four copies; each of the four sequences is scanned; and the results are brought back to map order and added
+(cross-merge). arXiv 2401.10166, sections 4.2 and 5.1. Maps are channels-first, as in the reference.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssm_vlm.modeling.mixers import SelectiveScan2dMixer
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def cross_scan(x: Tensor) -> Tensor:
+    """[B, E, H, W] -> [B, 4, E, L]: by rows, by columns, and both reversed, each a copy."""
+    rows, columns = x.flatten(2), x.transpose(2, 3).flatten(2)
+    forwards = torch.stack([rows, columns], dim=1)
+    return torch.cat([forwards, forwards.flip(-1)], dim=1)
+
+
+def cross_merge(y: Tensor, height: int, width: int) -> Tensor:
+    """[B, 4, E, L] -> [B, E, H, W]: the sum of the four at each position."""
+    both = y[:, :2] + y[:, 2:].flip(-1)
+    return both[:, 0].unflatten(-1, (height, width)) + both[:, 1].unflatten(-1, (width, height)).transpose(2, 3)
+
+
+def sequential_scan(
+    u: Tensor, delta: Tensor, rate: Tensor, b: Tensor, c: Tensor, skip: Tensor, delta_bias: Tensor
+) -> Tensor:
+    """A selective scan one position after the other, in float32: u and delta [B, 4E, L], rate [4E, N], b and c
+    [B, 4, N, L], skip and delta_bias [4E] -> [B, 4E, L]. Arguments and their order are those of Mamba's kernel."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, delta, b, c = (tensor.to(dtype) for tensor in (u, delta, b, c))
+    delta = F.softplus(delta + delta_bias[:, None])
+    grouped = delta.unflatten(1, (b.shape[1], -1))  # [B, 4, E, L]
+    decay = torch.exp(grouped[..., None] * rate.unflatten(0, (b.shape[1], -1))[:, :, None])  # [B, 4, E, L, N]
+    added = (grouped * u.view_as(grouped))[..., None] * b.transpose(2, 3)[:, :, None]
+    state = torch.zeros_like(added[..., 0, :])
+    outputs = []
+    for t in range(u.shape[-1]):
+        state = decay[..., t, :] * state + added[..., t, :]
+        outputs.append((state * c[:, :, None, :, t]).sum(-1))  # [B, 4, E]
+    return torch.stack(outputs, dim=-1).flatten(1, 2) + skip[:, None] * u
+
+
+def prebuilt_scan() -> Scan | None:
+    """Mamba's compiled kernel behind the arguments of `sequential_scan`, where `mamba_ssm` with it is installed."""
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError:
+        return None
+
+    def scan(u, delta, rate, b, c, skip, delta_bias):
+        return selective_scan_fn(u, delta, rate, b, c, skip, None, delta_bias, delta_softplus=True)
+
+    return scan
+
+
+def copy_based_core(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    a_log: Tensor,
+    d: Tensor,
+    scan: Scan = sequential_scan,
+) -> Tensor:
+    """What stands between SS2D's convolution and its output norm.
+
+    Args:
+        x: [B, E, H, W].
+        x_proj_weight: [4, R + 2N, E]; the other parameters are those of `selective_scan_2d`.
+        scan: what scans the four sequences.
+
+    Returns:
+        [B, E, H, W].
+    """
+    batch, channels, height, width = x.shape
+    rank, states = dt_weight.shape[-1], a_log.shape[-1]
+    xs = cross_scan(x)  # [B, 4, E, L]
+    projected = torch.einsum("bkel,kce->bkcl", xs, x_proj_weight)
+    low_rank, b, c = projected.split([rank, states, states], dim=2)
+    delta = torch.einsum("bkrl,ker->bkel", low_rank, dt_weight)
+    ys = scan(
+        xs.flatten(1, 2),
+        delta.flatten(1, 2),
+        -torch.exp(a_log.float()).flatten(0, 1),
+        b.contiguous(),
+        c.contiguous(),
+        d.float().flatten(),
+        dt_bias.float().flatten(),
+    )
+    return cross_merge(ys.unflatten(1, (4, channels)), height, width).to(x.dtype)
+
+
+def _mixer_forward(mixer: SelectiveScan2dMixer, scan: Scan, x: Tensor) -> Tensor:
+    x = mixer.in_proj(x)
+    if mixer.gated:
+        x, gate = x.chunk(2, dim=-1)
+    x = F.silu(mixer.conv(x)).permute(0, 3, 1, 2).contiguous()
+    x = copy_based_core(x, mixer.x_proj_weight, mixer.dt_weight, mixer.dt_bias, mixer.a_log, mixer.d, scan)
+    x = mixer.out_norm(x.permute(0, 2, 3, 1))
+    if mixer.gated:
+        x = x * F.silu(gate)
+    return mixer.out_proj(x)
+
+
+@contextlib.contextmanager
+def copy_based(encoder: nn.Module, scan: Scan = sequential_scan) -> Iterator[None]:
+    """Within it, the scanning mixers of `encoder` run the copy-based composition."""
+    mixers = [module for module in encoder.modules() if isinstance(module, SelectiveScan2dMixer)]
+    for mixer in mixers:
+        mixer.forward = lambda x, mixer=mixer: _mixer_forward(mixer, scan, x)
+    try:
+        yield
+    finally:
+        for mixer in mixers:
+            del mixer.forward
