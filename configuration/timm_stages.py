@@ -32,8 +32,8 @@ def require_timm() -> Any:
     return timm
 
 
-def create_timm_model(architecture: str, **arguments: Any) -> nn.Module:
-    """A timm model without memory; `feature_cls` counts where there are to be `features_only`.
+def create_timm_model(architecture: str, **arguments: Any) -> Any:
+    """A timm model (`nn.Module`) without memory; `feature_cls` counts where there are to be `features_only`.
 
     Raises:
         ValueError: timm has no such model, or it takes no such argument.
@@ -47,7 +47,7 @@ def create_timm_model(architecture: str, **arguments: Any) -> nn.Module:
         return timm.create_model(architecture, **arguments).eval()
 
 
-def _created_for_any_size(architecture: str, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _created_for_any_size(architecture: str, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The whole model, and the arguments that made it, with the one of `_ANY_SIZE` that it takes."""
     for more in _ANY_SIZE:
         try:
