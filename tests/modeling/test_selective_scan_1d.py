@@ -10,7 +10,8 @@ from ssm_vlm.modeling.ops.selective_scan_1d.naive import selective_scan_1d_naive
 from ssm_vlm.modeling.ops.selective_scan_2d import BACKENDS, chunked, selective_scan_2d
 
 NAMES = ("x", "dt_low_rank", "b", "c", "dt_weight", "dt_bias", "a_log", "d")
-fast_backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "naive"])
+fast_backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "naive"], indirect=True)
+every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 LENGTHS = [1, 2, 3, 4, 5, 9, 16, 17, 49, 196]
 
 
@@ -76,24 +77,26 @@ def test_any_shape_and_any_cut(backend, batch, length, channels, seed, states, r
         assert compare(backend, make_inputs(batch, length, channels, states, rank, seed=seed)) < 1e-10
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_first_derivative_by_finite_differences(name):
+@every_backend
+def test_first_derivative_by_finite_differences(backend):
     """Independent of the oracle's own gradient."""
     inputs = [tensor.requires_grad_() for tensor in make_inputs(1, 5, 2, 2, 1)]
-    assert torch.autograd.gradcheck(lambda *tensors: selective_scan_1d(*tensors, backend=name), inputs)
+    assert torch.autograd.gradcheck(lambda *tensors: selective_scan_1d(*tensors, backend=backend), inputs)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_one_step_by_hand(name):
+@every_backend
+def test_one_step_by_hand(backend):
     """softplus(0) = log 2 and a decay rate of 1 halve the state: 1, then 1/2 + 1, then 3/4 + 1, in units of log 2."""
     one, zero = torch.ones(1, 3, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    output = selective_scan_1d(one, one * 0, one, one, zero, zero[0], zero, torch.tensor([2.0]).double(), backend=name)
+    output = selective_scan_1d(
+        one, one * 0, one, one, zero, zero[0], zero, torch.tensor([2.0]).double(), backend=backend
+    )
     expected = torch.tensor([1.0, 1.5, 1.75]).double() * torch.log(torch.tensor(2.0).double()) + 2.0
     assert torch.allclose(output.flatten(), expected, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_the_first_direction_of_a_map_is_the_sequence_of_its_rows(name):
+@every_backend
+def test_the_first_direction_of_a_map_is_the_sequence_of_its_rows(backend):
     """The two scans are written separately as loops; silenced in three directions, the map's is the sequence's."""
     inputs = make_inputs(2, 12, 3, 2, 2)
     maps = [tensor.unflatten(1, (3, 4)) for tensor in inputs[:4]]
@@ -105,41 +108,44 @@ def test_the_first_direction_of_a_map_is_the_sequence_of_its_rows(name):
         maps[3][:, :, :, None] * first[:, None],
         *parameters[:3],
         parameters[3] * first[:, None],
-        backend=name,
+        backend=backend,
     )
-    assert torch.allclose(of_map.flatten(1, 2), selective_scan_1d(*inputs, backend=name), atol=1e-12)
+    assert torch.allclose(of_map.flatten(1, 2), selective_scan_1d(*inputs, backend=backend), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_later_positions_do_not_reach_earlier_ones(name):
+@every_backend
+def test_later_positions_do_not_reach_earlier_ones(backend):
     inputs = make_inputs(1, 11, 3, 2, 2)
-    before = selective_scan_1d(*inputs, backend=name)
+    before = selective_scan_1d(*inputs, backend=backend)
     inputs[0][:, 7:] += 1.0
-    after = selective_scan_1d(*inputs, backend=name)
+    after = selective_scan_1d(*inputs, backend=backend)
     assert torch.equal(before[:, :7], after[:, :7]) and not torch.isclose(before[:, 7:], after[:, 7:]).any()
 
 
-def test_float32_parameters_with_half_precision_sequences():
+@fast_backends
+def test_float32_parameters_with_half_precision_sequences(backend):
     """What autocast makes: sequences in bfloat16, parameters in float32."""
     inputs = make_inputs(2, 21, 4, 2, 2, torch.float32)
     inputs = [tensor.bfloat16() if index < 4 else tensor for index, tensor in enumerate(inputs)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert compare("chunked", inputs) < 1e-2
+        assert compare(backend, inputs) < 1e-2
 
 
+@fast_backends
 @pytest.mark.parametrize("shift", [-30.0, 30.0], ids=["steps of 1e-13", "steps of 30"])
-def test_extreme_step_sizes_stay_finite(shift):
+def test_extreme_step_sizes_stay_finite(backend, shift):
     inputs = make_inputs(1, 60, 3, 2, 1, torch.float32)
     inputs[5] = inputs[5] + shift
-    found = run(selective_scan_1d, inputs, torch.ones_like(inputs[0]))
+    found = run(lambda *tensors: selective_scan_1d(*tensors, backend=backend), inputs, torch.ones_like(inputs[0]))
     assert all(tensor.isfinite().all() for tensor in found.values())
 
 
-def test_gradients_of_states_that_decay_fast():
+@fast_backends
+def test_gradients_of_states_that_decay_fast(backend):
     """Where a state is gone after one step, what is left of the state before is no difference of larger numbers."""
     inputs = make_inputs(1, 99, 3, 4, 2, torch.float32)
     inputs[6] = inputs[6] + 4.5
-    assert compare("chunked", inputs) < 5e-6
+    assert compare(backend, inputs) < 5e-6
 
 
 def test_environment_chooses(monkeypatch):

@@ -13,7 +13,7 @@ from ssm_vlm.modeling.ops.selective_scan_2d import BACKENDS, chunked, custom_op,
 from ssm_vlm.modeling.ops.selective_scan_2d.naive import scan_orders, selective_scan_2d_naive
 
 NAMES = ("x", "dt_low_rank", "b", "c", "dt_weight", "dt_bias", "a_log", "d")
-fast_backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "naive"])
+fast_backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "naive"], indirect=True)
 shapes = pytest.mark.parametrize(
     "batch, height, width, channels, states, rank",
     [
@@ -24,6 +24,7 @@ shapes = pytest.mark.parametrize(
         (3, 2, 3, 5, 2, 2),
         (2, 13, 11, 4, 1, 3),
         (1, 23, 29, 2, 1, 1),
+        (1, 5, 13, 115, 3, 17),
     ],
 )
 
@@ -192,6 +193,47 @@ def test_no_memory_is_read_before_it_is_written(backend, monkeypatch):
     inputs = make_inputs(2, 5, 3, 4, 2, 2)
     found = compare(lambda *tensors: selective_scan_2d(*tensors, backend=backend), inputs)
     assert max(found.values()) < 1e-12, found
+
+
+@fast_backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_states_beyond_half_precision_stay_finite(backend, dtype):
+    """The state climbs to about 10⁶ before it is read out through a small c: past what float16 holds."""
+    inputs = make_inputs(1, 9, 11, 5, 1, 2, dtype)
+    x, dt_low_rank, b, c, *parameters = inputs
+    inputs = [x.abs() * 100, dt_low_rank, b.abs() * 1000, c * 1e-5, *parameters]
+    output = selective_scan_2d(*inputs, backend=backend)
+    expected = selective_scan_2d_naive(*(tensor.double() for tensor in inputs))
+    assert output.isfinite().all() and errors({"out": output}, {"out": expected})["out"] < 2e-2
+    unit_c = [*(tensor.float() for tensor in inputs[:3]), torch.ones_like(c).float(), *(p.float() for p in parameters)]
+    assert selective_scan_2d(*unit_c, backend="chunked").abs().max() > 65504
+
+
+@fast_backends
+def test_runs_are_equal_to_the_bit(backend):
+    inputs = make_inputs(2, 7, 9, 70, 3, 2, torch.float32)
+    weights = torch.randn_like(inputs[0])
+    first, second = (run(lambda *t: selective_scan_2d(*t, backend=backend), inputs, weights) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@fast_backends
+@pytest.mark.parametrize("batch, channels", [(1, 192), (3, 40)])
+def test_threads_change_no_output_and_gradients_by_rounding_only(backend, batch, channels):
+    """More threads get narrower blocks of channels, so that sums over channels are taken in another order."""
+    inputs = make_inputs(batch, 7, 9, channels, 2, 2, torch.float32)
+    weights, threads, found = torch.randn_like(inputs[0]), torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5, 64):
+            torch.set_num_threads(number)
+            found.append(run(lambda *t: selective_scan_2d(*t, backend=backend), inputs, weights))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        exact = {name: tensor.double() for name, tensor in found[0].items()}
+        differences = errors(other, exact)
+        assert differences["x"] < 1e-6 and max(differences.values()) < 5e-6, differences
+        assert backend != "cpp" or differences["out"] == 0.0
 
 
 def drop_scan(x, *rest):

@@ -131,7 +131,7 @@ indexed_cases = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("backend", ["chunked", "naive"])
+@pytest.mark.parametrize("backend", ["cpp", "chunked", "naive"], indirect=True)
 @indexed_cases
 def test_forward_equals_reference(case, index, backend, monkeypatch):
     monkeypatch.setenv("SSM_VLM_SCAN_BACKEND", backend)
@@ -146,8 +146,10 @@ def test_forward_comparison_catches(case, index, mutation, monkeypatch):
     assert forward_error(model, case, index) > 10 * FORWARD_TOLERANCE
 
 
+@pytest.mark.parametrize("backend", ["cpp", "chunked"], indirect=True)
 @cases
-def test_gradients_equal_reference(case):
+def test_gradients_equal_reference(case, backend, monkeypatch):
+    monkeypatch.setenv("SSM_VLM_SCAN_BACKEND", backend)
     assert gradient_error(build(case), case) <= GRADIENT_TOLERANCE
 
 

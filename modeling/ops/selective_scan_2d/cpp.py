@@ -5,6 +5,7 @@ The source is built the first time that a scan needs it, in seconds, into torch'
 there. It uses no header of torch or Python and no build system, only the compiler, and is called through `ctypes`.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -77,14 +78,17 @@ def _build(path: Path) -> None:
 def library() -> ctypes.CDLL | str:
     """The compiled functions, built if they are not there yet, or in words why there are none."""
     try:
-        path = _library_path()
-        if not path.exists():
+        path, functions = _library_path(), None
+        if path.exists():
+            with contextlib.suppress(OSError):  # cut short, or built against what is no longer there
+                functions = ctypes.CDLL(str(path))
+        if functions is None:
             compiler = _compile_commands()[-1][0]
             if shutil.which(compiler) is None:
                 return f"there is no C++ compiler ({compiler})"
             logger.info("selective_scan_2d: compiling for this CPU, once, into %s.", path)
             _build(path)
-        functions = ctypes.CDLL(str(path))
+            functions = ctypes.CDLL(str(path))
         functions.ssm_vlm_scan_blocks.restype = ctypes.c_int64
         return functions
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:

@@ -42,7 +42,7 @@ def selective_scan_flops(positions: int, channels: int, states: int, rank: int, 
 def _scan(*arguments: Tensor | str | None) -> Tensor:
     *tensors, backend = arguments
     with torch.autocast(tensors[0].device.type, enabled=False):  # states and their projections stay in float32
-        return choose_backend(NAME, BACKENDS, tuple(tensors), backend).forward(*tensors)
+        return choose_backend(NAME, BACKENDS, tuple(tensors), backend).forward(*tensors).contiguous()
 
 
 def _scan_backward(grad: Tensor, *arguments: Tensor | str | None) -> tuple[Tensor, ...]:
