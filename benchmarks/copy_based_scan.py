@@ -34,19 +34,20 @@ def sequential_scan(
     u: Tensor, delta: Tensor, rate: Tensor, b: Tensor, c: Tensor, skip: Tensor, delta_bias: Tensor
 ) -> Tensor:
     """A selective scan one position after the other, in float32: u and delta [B, 4E, L], rate [4E, N], b and c
-    [B, 4, N, L], skip and delta_bias [4E] -> [B, 4E, L]. Arguments and their order are those of Mamba's kernel."""
+    [B, 4, N, L], skip and delta_bias [4E] -> [B, 4E, L]. Arguments and their order are those of Mamba's kernel, and
+    the memory it takes is that of the reference's fallback: decays, inputs and projections of every channel at once."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, delta, b, c = (tensor.to(dtype) for tensor in (u, delta, b, c))
     delta = F.softplus(delta + delta_bias[:, None])
-    grouped = delta.unflatten(1, (b.shape[1], -1))  # [B, 4, E, L]
-    decay = torch.exp(grouped[..., None] * rate.unflatten(0, (b.shape[1], -1))[:, :, None])  # [B, 4, E, L, N]
-    added = (grouped * u.view_as(grouped))[..., None] * b.transpose(2, 3)[:, :, None]
-    state = torch.zeros_like(added[..., 0, :])
+    b, c = (tensor.repeat_interleave(u.shape[1] // tensor.shape[1], dim=1) for tensor in (b, c))  # [B, 4E, N, L]
+    decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, rate))
+    added = torch.einsum("bdl,bdnl,bdl->bdln", delta, b, u)
+    state = torch.zeros_like(added[:, :, 0])  # [B, 4E, N]
     outputs = []
     for t in range(u.shape[-1]):
-        state = decay[..., t, :] * state + added[..., t, :]
-        outputs.append((state * c[:, :, None, :, t]).sum(-1))  # [B, 4, E]
-    return torch.stack(outputs, dim=-1).flatten(1, 2) + skip[:, None] * u
+        state = decay[:, :, t] * state + added[:, :, t]
+        outputs.append(torch.einsum("bdn,bdn->bd", state, c[..., t]))
+    return torch.stack(outputs, dim=-1) + skip[:, None] * u
 
 
 def prebuilt_scan() -> Scan | None:

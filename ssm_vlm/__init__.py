@@ -20,7 +20,8 @@ from .modeling.encoder_loading import load_encoder
 from .modeling.encoder_preprocessing import image_processor_arguments
 from .modeling.geometry import Geometry, make_geometry
 from .modeling.image_processing_llava_style import LlavaStyleImageProcessor
-from .modeling.model_card import save_with_card
+from .modeling.inference import compile_for_inference
+from .modeling.model_card import refresh_card, save_with_card
 from .modeling.modeling_backbone_classifier import BackboneForImageClassification
 from .modeling.modeling_hidden_state_backbone import HiddenStateBackbone
 from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration, LlavaStyleModel
@@ -70,6 +71,8 @@ AutoImageProcessor.register(
 AutoProcessor.register(LlavaStyleConfig, LlavaStyleProcessor, exist_ok=True)
 save_with_code(LlavaStyleImageProcessor, {"AutoImageProcessor": LlavaStyleImageProcessor})
 save_with_code(LlavaStyleProcessor, {"AutoProcessor": LlavaStyleProcessor})
+refresh_card(LlavaStyleImageProcessor)
+refresh_card(LlavaStyleProcessor)
 
 __all__ = [
     "ENCODERS",
@@ -98,6 +101,7 @@ __all__ = [
     "VitAdapterBackbone",
     "VitAdapterConfig",
     "VitAdapterModel",
+    "compile_for_inference",
     "convert_encoder",
     "encoder_downsampling",
     "get_named_encoder",
