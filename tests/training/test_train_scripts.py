@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -480,8 +481,12 @@ def kill_after_a_checkpoint(process: subprocess.Popen, output: Path) -> str:
     while not (found := list(output.glob("*/checkpoint-*/trainer_state.json"))):
         assert process.poll() is None and time.monotonic() < deadline, "it ended before there was a checkpoint"
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun's workers are in sessions of their own and would go on
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
     process.wait(60)
+    psutil.wait_procs(family, timeout=60)
     (folder,) = output.iterdir()
     assert not (folder / "finished.json").exists(), "it was too fast to be killed"
     return found[0].parent.name
