@@ -1,5 +1,6 @@
 # make study | make test | make test-slow | make lint | make types. Each sets up its own environment in .venv first.
 # make test-vision: the tests of timm's models, in .venv-vision, since timm needs torchvision and the library does not.
+# make test-triton: the GPU kernels, in Triton's interpreter on the CPU (200 MB to fetch, and nothing else needs it).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,6 +10,8 @@ VISION_VENV ?= .venv-vision
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VISION_STAMP := $(VISION_VENV)/.installed
+TRITON := $(VENV)/triton
+TRITON_STAMP := $(TRITON)/.installed
 comma := ,
 EXTRAS := eval,dev,peft,trl,serving
 
@@ -16,7 +19,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export MPLBACKEND = Agg
 
-.PHONY: study test test-slow test-vision vision-environment lint types clean
+.PHONY: study test test-slow test-vision vision-environment test-triton lint types clean
 
 study: $(STAMP)
 	$(BIN)/ssm-vlm study
@@ -33,6 +36,9 @@ test-vision: $(VISION_STAMP)
 	$(VISION_VENV)/bin/python -m pytest -n 2 -m "timm and not gpu" -q
 
 vision-environment: $(VISION_STAMP)
+
+test-triton: $(STAMP) $(TRITON_STAMP)
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q tests/modeling/test_selective_scan_2d_triton.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -57,6 +63,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(VISION_STAMP): pyproject.toml constraints.txt
 	$(call install,$(VISION_VENV),torch torchvision,$(EXTRAS)$(comma)timm)
+
+$(TRITON_STAMP): $(STAMP)
+	rm -rf $(TRITON)
+	$(BIN)/pip install -q --no-deps --no-compile --target $(TRITON) triton==3.7.1
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(VISION_VENV) runs

@@ -17,8 +17,12 @@ from .chunked import why_not as why_not_chunked
 from .cpp import backward as cpp_backward
 from .cpp import forward as cpp_forward
 from .cpp import why_not as why_not_cpp
+from .triton import backward as triton_backward
+from .triton import forward as triton_forward
+from .triton import why_not as why_not_triton
 
 BACKENDS = {
+    "triton": Backend(triton_forward, triton_backward, why_not_triton),
     "cpp": Backend(cpp_forward, cpp_backward, why_not_cpp),
     "chunked": Backend(chunked_forward, chunked_backward, why_not_chunked),
 }
