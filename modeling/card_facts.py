@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL.Image import Resampling
 
+from ..configuration.taps import tap_norm
 from .card_parts import (
     UNKNOWN,
     Part,
@@ -15,15 +16,10 @@ from .card_parts import (
     hub_data_link,
     language_model_part,
 )
-from .saved_folder import Evaluation, SavedFolder
+from .saved_folder import SavedFolder
+from .saved_scores import TASKS, Evaluation
 from .token_grid import grid_size
 
-TASKS = {  # task of a score: what the Hub calls it, what people do
-    "vqa": ("visual-question-answering", "Visual question answering"),
-    "textvqa": ("visual-question-answering", "Questions about text in pictures"),
-    "grounding": ("image-text-to-text", "Localisation of what an expression refers to"),
-    "classification": ("image-classification", "Image classification"),
-}
 _FLOORS = {
     "constant_answer": "best constant answer",
     "constant_answer_per_kind": "best constant answer per kind of question",
@@ -69,7 +65,7 @@ def vlm_facts(saved: SavedFolder) -> Facts:
         ("encoder", _sized(encoder, config.vision_config.model_type, sizes["vision_tower"])),
         ("frozen in training", "yes" if config.freeze_vision else "no"),
         ("tap", f"`{saved.tap}`"),
-        *([("norm inside the encoder", own_norm)] if own_norm not in (None, "none") else []),
+        *([("norm inside the encoder", own_norm)] if own_norm != "none" else []),
         ("tap norm", norms[config.tap_norm]),
         ("token positions", "none" if config.token_positions == "none" else f"`{config.token_positions}`"),
         ("connector", _sized(connector, "", sizes["connector"])),
@@ -90,8 +86,7 @@ def encoder_facts(saved: SavedFolder) -> Facts:
     ]
     if saved.is_tapped:
         facts.append(("tap", f"`{saved.tap}`; nothing after it is saved"))
-        norm = _tap_norm(saved.vision_config)
-        facts += [("tap norm", norm)] if norm else []
+        facts.append(("tap norm", _tap_norm(saved.vision_config)))
     elif saved.tap:
         facts.append(("tap", f"none here: this is the whole model; as an encoder it is tapped at `{saved.tap}`"))
     facts += _picture_facts(saved)
@@ -106,26 +101,21 @@ def encoder_facts(saved: SavedFolder) -> Facts:
     return facts
 
 
-def _tap_norm(backbone: Any) -> str | None:
-    """What norms the tap inside the Backbone, where its config says so."""
-    norms = {
-        "none": "none",
-        "layernorm": "LayerNorm with trained weights",
-        "parameter_free": "LayerNorm without parameters",
-    }
-    if hasattr(backbone, "apply_final_norm"):
-        return "the model's own final norm" if backbone.apply_final_norm else "none"
-    return norms.get(getattr(backbone, "output_norm", ""))
+def _tap_norm(backbone: Any) -> str:
+    """What norms the tap inside the Backbone."""
+    if getattr(backbone, "apply_final_norm", False):
+        return "the model's own final norm"
+    words = {"parameter-free": "LayerNorm without parameters", "trained": "LayerNorm with trained weights"}
+    return words.get(tap_norm(backbone), "none")
 
 
 def _picture_facts(saved: SavedFolder) -> Facts:
     """How pictures are prepared, as far as an image processor is saved."""
-    settings = saved.image_processor
-    size = settings.get("size") or {}
-    if not {"height", "width"} <= size.keys():
+    settings, size = saved.image_processor, _canvas_size(saved)
+    if size is None:
         return []
     facts = []
-    height, width = size["height"], size["width"]
+    height, width = size
     geometry = f"`{settings['geometry']}`, canvas" if "geometry" in settings else "canvas"
     resample = f", {Resampling(settings['resample']).name.lower()}" if "resample" in settings else ""
     facts.append(("geometry", f"{geometry} {height}x{width} (height x width){resample}"))
@@ -154,7 +144,13 @@ def training_facts(saved: SavedFolder) -> Facts:
     facts = []
     if saved.origin.get("source"):
         checksum = saved.origin.get("sha256")
-        facts.append(("converted from", f"`{saved.origin['source']}`" + (f", sha256 `{checksum}`" if checksum else "")))
+        source = Path(saved.origin["source"])
+        facts.append(
+            (
+                "converted from",
+                f"`{source.name if source.is_absolute() else source}`" + (f", sha256 `{checksum}`" if checksum else ""),
+            )
+        )
     before = [record["title"] for record in encoder_data(saved)]
     if before:
         facts.append(("data of the encoder", ", ".join(before)))
@@ -241,8 +237,8 @@ def limits(saved: SavedFolder, parts: Sequence[Part]) -> list[str]:
         if any(evaluation.task == "grounding" for evaluation in saved.evaluations):
             found.append("Boxes are right only in the frame named above; map them back with the processor's geometry.")
         found.append(
-            f"Pictures are brought to {_canvas(saved)}: what is only a few pixels wide there is not seen."
-            if _canvas(saved)
+            f"Pictures are brought to {canvas[0]}x{canvas[1]} pixels: what is only a few pixels wide there is not seen."
+            if (canvas := _canvas_size(saved))
             else "The folder does not say how pictures are prepared."
         )
         found.append("Answers can be wrong, and there is no filter on what it says.")
@@ -263,9 +259,12 @@ def _reaches(evaluation: Evaluation, floor: float) -> bool:
     return floor >= low
 
 
-def _canvas(saved: SavedFolder) -> str:
-    size = saved.image_processor.get("size") or {}
-    return f"{size['height']}x{size['width']} pixels" if {"height", "width"} <= size.keys() else ""
+def _canvas_size(saved: SavedFolder) -> tuple[int, int] | None:
+    """Height and width that pictures are brought to; None where no image processor is saved, or one of another kind."""
+    size = saved.image_processor.get("size")
+    if not isinstance(size, dict) or not all(isinstance(size.get(side), int) for side in ("height", "width")):
+        return None  # Transformers' own may say a number, or the shortest edge
+    return size["height"], size["width"]
 
 
-__all__ = ["TASKS", "encoder_facts", "evaluation_row", "kind_rows", "limits", "training_facts", "vlm_facts"]
+__all__ = ["encoder_facts", "evaluation_row", "kind_rows", "limits", "training_facts", "vlm_facts"]

@@ -50,7 +50,8 @@ def origin_of(name: str) -> dict[str, Any] | None:
 
 def encoder_part(saved: SavedFolder) -> Part:
     name, entry = saved.encoder_name, saved.named_encoder
-    file = saved.encoder_origin.get("source")
+    source = Path(saved.encoder_origin.get("source") or "")
+    file = source.name if source.is_absolute() else saved.encoder_origin.get("source")
     if entry is None:
         hub_id = _hub_id(saved, "vision_encoder", name) if name else None
         what = f"`{hub_id or Path(name).name}`" if name else f"of type `{saved.vision_config.model_type}`"

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .card_facts import TASKS, encoder_facts, evaluation_row, kind_rows, limits, training_facts, vlm_facts
+from .card_facts import encoder_facts, evaluation_row, kind_rows, limits, training_facts, vlm_facts
 from .card_parts import (
     TEMPLATES,
     UNKNOWN,
@@ -29,7 +32,8 @@ from .card_parts import (
     part_row,
     release_parts,
 )
-from .saved_folder import Evaluation, SavedFolder
+from .saved_folder import SavedFolder
+from .saved_scores import TASKS, Evaluation
 
 logger = logging.get_logger(__name__)
 
@@ -47,9 +51,11 @@ def render_card(folder: str | Path, *, repo_id: str | None = None) -> ModelCard:
         repo_id: where the model goes on the Hub; by default the card names the folder.
 
     Raises:
-        FileNotFoundError: the folder holds no model.
-        ValueError: another kind of model, or a file that is not what its name says.
+        FileNotFoundError: the folder holds no model, or its weights are not all there.
+        ValueError: another kind of model, a file that is not what its name says, or a name that the Hub cannot have.
     """
+    if repo_id is not None:
+        validate_repo_id(repo_id)
     saved = SavedFolder(Path(folder))
     saved.check()
     parts = [encoder_part(saved)]
@@ -96,7 +102,7 @@ def leave_card(folder: str | Path) -> None:
     """`write_card` for a model that has just been saved: what keeps the card from being written is only told."""
     try:
         write_card(folder)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         logger.warning(f"No model card was written: {error}")
 
 
@@ -128,6 +134,23 @@ def save_with_card(model_class: type[PreTrainedModel]) -> None:
 
     for method in (save_pretrained, upload_modified_files):
         setattr(model_class, method.__name__, method)
+
+
+def refresh_card(saved_class: type[BaseImageProcessor | ProcessorMixin]) -> None:
+    """From now on `save_pretrained` of a processor writes a card anew that lies beside it and nobody has changed.
+
+    Processors are mostly saved after their model, whose card then does not know yet how pictures are prepared.
+    """
+    save = saved_class.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        saved = save(self, save_directory, *args, **kwargs)
+        if (Path(save_directory) / CARD_FILE).is_file() and (Path(save_directory) / "config.json").is_file():
+            leave_card(save_directory)
+        return saved
+
+    saved_class.save_pretrained = save_pretrained
 
 
 def marked(card: ModelCard) -> str:
@@ -206,4 +229,13 @@ def _plus_minus(evaluation: Evaluation) -> str:
     return f" (95 % interval {100 * low:.1f} to {100 * high:.1f}, {evaluation.items} items)"
 
 
-__all__ = ["CARD_FILE", "is_untouched", "leave_card", "marked", "render_card", "save_with_card", "write_card"]
+__all__ = [
+    "CARD_FILE",
+    "is_untouched",
+    "leave_card",
+    "marked",
+    "refresh_card",
+    "render_card",
+    "save_with_card",
+    "write_card",
+]

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..configuration.named_encoders import ENCODERS, NamedEncoder
 from ..configuration.taps import tapped_config, vision_part
-from .intervals import wilson_interval
+from .saved_scores import Evaluation, count, read_scores, share
 
 ORIGIN_FILE = "origin.json"
 """Written by `ssm-vlm convert` beside the weights: which published file they come from."""
@@ -23,37 +23,16 @@ SCORES_PATTERN = "*.scores.json"
 """Scores of `ssm-vlm evaluate` and of a study, beside the model that was asked."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One score of the model. Scores, floors and shares are from 0 to 1.
-
-    Attributes:
-        task: "vqa", "textvqa", "grounding" or "classification".
-        metric: what the score is, in words.
-        data: what was asked, in words; None where nothing says so.
-        items: None where nothing says how many.
-        floors: what can be had without looking, by name.
-        floor_source: what constants and mean box were chosen on.
-        box_frame: of boxes, the frame they were compared in.
-        iou_threshold: of boxes, the overlap that counts as right.
-        kinds: (items, score) of each kind of question.
-    """
-
-    task: str
-    metric: str
-    score: float
-    data: str | None = None
-    items: int | None = None
-    floors: Mapping[str, float] = field(default_factory=dict)
-    floor_source: str | None = None
-    box_frame: str | None = None
-    iou_threshold: float | None = None
-    kinds: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % interval from the number of items."""
-        return None if self.items is None else wilson_interval(self.score, self.items)
+_STRING_KEYS = {
+    "origin": ("encoder", "source", "sha256", "layout", "language_model"),
+    "recipe": ("vision_encoder", "language_model", "data_path", "train_folder", "val_folder", "vision_weights_dir"),
+}
+_RUN_KEYS = {
+    "encoder_origin": (Mapping, "an object"),
+    "local": (list, "a list"),
+    "seconds": ((int, float), "a number"),
+    "versions": (Mapping, "an object"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +41,7 @@ class SavedFolder:
 
     Raises:
         ValueError: on reading a file that is not what its name says.
-        FileNotFoundError: there is no `config.json`.
+        FileNotFoundError: there is no `config.json`, or there are no weights.
     """
 
     path: Path
@@ -75,12 +54,19 @@ class SavedFolder:
         return AutoConfig.from_pretrained(self.path)
 
     def check(self) -> None:
-        """Raises ValueError unless it is a LLaVA-style model, a vision encoder, or a classifier of pictures."""
+        """Raises ValueError unless it is a LLaVA-style model, a vision encoder, or a classifier of pictures.
+
+        And FileNotFoundError where its weights are not there, or not all of them.
+        """
         if not (self.is_vlm or self.is_classifier or self.tap):
             raise ValueError(
                 f"{self.path} holds a {self.config.model_type!r} model, which is neither a LLaVA-style model nor a "
                 "vision encoder."
             )
+        lost = [file.name for file in self.weight_files if not file.is_file()]
+        if lost or not (self.weight_files or any(self.path.glob("pytorch_model*.bin"))):
+            names = ", ".join(lost) or "model.safetensors"
+            raise FileNotFoundError(f"{self.path} holds a config.json but not the weights: it lacks {names}.")
 
     @property
     def is_vlm(self) -> bool:
@@ -134,7 +120,8 @@ class SavedFolder:
     @cached_property
     def image_processor(self) -> dict[str, Any]:
         """Settings of the image processor, empty where none is saved."""
-        return self._json("processor_config.json").get("image_processor") or self._json("preprocessor_config.json")
+        settings = self._json("processor_config.json").get("image_processor")
+        return settings if isinstance(settings, dict) and settings else self._json("preprocessor_config.json")
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -146,17 +133,23 @@ class SavedFolder:
             raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(recipe, dict):
             raise ValueError(f"{file} must hold `key: value` lines.")
-        return recipe
+        recipe = _with_strings(file, recipe, _STRING_KEYS["recipe"])
+        return {key: value for key, value in recipe.items() if value is not None}
 
     @cached_property
     def run(self) -> dict[str, Any]:
         """What the training run noted at its end, empty where the model was not trained here."""
-        return self._json("finished.json")
+        file, run = self.path / "finished.json", self._json("finished.json")
+        for key, (kind, what) in _RUN_KEYS.items():
+            if run.get(key) is not None and not isinstance(run[key], kind):
+                raise ValueError(f"{file}: {key} is {run[key]!r}; it must be {what}.")
+        _with_strings(file, run.get("encoder_origin") or {}, _STRING_KEYS["origin"], "encoder_origin.")
+        return {key: value for key, value in run.items() if value is not None}
 
     @cached_property
     def origin(self) -> dict[str, Any]:
         """Which published file the weights were converted from, empty where they were not."""
-        return self._json(ORIGIN_FILE)
+        return _with_strings(self.path / ORIGIN_FILE, self._json(ORIGIN_FILE), _STRING_KEYS["origin"])
 
     @property
     def encoder_origin(self) -> dict[str, Any]:
@@ -228,15 +221,16 @@ class SavedFolder:
         """Scores that lie in the folder, and a classifier's accuracy at the end of its run."""
         found = []
         if "accuracy" in self.run:
-            floor = self.run.get("accuracy_floor")
+            file = self.path / "finished.json"
+            items, floor = self.run.get("accuracy_items"), self.run.get("accuracy_floor")
             found.append(
                 Evaluation(
                     task="classification",
                     metric="accuracy",
-                    score=self.run["accuracy"],
-                    data="/".join(Path(str(self.recipe.get("val_folder", ""))).parts[-2:]) or None,
-                    items=self.run.get("accuracy_items"),
-                    floors={} if floor is None else {"constant_answer": floor},
+                    score=share(file, "accuracy", self.run["accuracy"]),
+                    data="/".join(Path(self.recipe.get("val_folder") or "").parts[-2:]) or None,
+                    items=None if items is None else count(file, "accuracy_items", items),
+                    floors={} if floor is None else {"constant_answer": share(file, "accuracy_floor", floor)},
                     floor_source=None if floor is None else "the scored items",
                 )
             )
@@ -244,10 +238,7 @@ class SavedFolder:
             result = self._json(file.name)
             if result.get("blank_images"):  # what the model guesses is no score of it
                 continue
-            try:
-                found += [_evaluation(score, result.get("data")) for score in result["scores"].values()]
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file} does not hold scores as `ssm-vlm evaluate` writes them ({error}).") from None
+            found += read_scores(file, result)
         return found
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -263,21 +254,12 @@ class SavedFolder:
         return content
 
 
-def _evaluation(score: Mapping[str, Any], data: str | None) -> Evaluation:
-    """One entry of a scores file."""
-    kinds = {kind: (of_kind["num_items"], of_kind["score"]) for kind, of_kind in score["kinds"].items()}
-    return Evaluation(
-        task=score["task"],
-        metric=score["metric"],
-        score=score["score"],
-        data=data,
-        items=score["num_items"],
-        floors=score["floors"],
-        floor_source=score["floor_source"],
-        box_frame=score.get("box_frame"),
-        iou_threshold=score.get("iou_threshold"),
-        kinds=kinds,
-    )
+def _with_strings(file: Path, content: dict[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """The content, or a ValueError that names file and key where one of the keys holds something else than text."""
+    for key in keys:
+        if not isinstance(content.get(key), str | None):
+            raise ValueError(f"{file}: {prefix}{key} is {content[key]!r}; it must be text.")
+    return content
 
 
-__all__ = ["ORIGIN_FILE", "SCORES_PATTERN", "Evaluation", "SavedFolder"]
+__all__ = ["ORIGIN_FILE", "SCORES_PATTERN", "SavedFolder"]

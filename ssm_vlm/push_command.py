@@ -1,16 +1,23 @@
 """`ssm-vlm push`: a saved model becomes a repository on the Hub."""
 
 import argparse
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
 
 from .modeling.model_card import CARD_FILE, is_untouched, marked, render_card
-from .modeling.saved_folder import SavedFolder
+from .modeling.saved_folder import ORIGIN_FILE, SCORES_PATTERN, SavedFolder
+
+logger = logging.get_logger(__name__)
 
 _LEFT_OUT_FOLDERS = re.compile(r"checkpoint-\d+|global_step\d+|.*\.partial|\..*|__pycache__|runs|logs")
 """What training leaves beside a model: states to resume from, logs, caches, what an interrupted write began."""
@@ -23,6 +30,11 @@ _LEFT_OUT_FILES = re.compile(
 
 _PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".tar", ".zip"}
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
+
+_NOTES = ("recipe.yaml", "finished.json", ORIGIN_FILE, SCORES_PATTERN)
+"""What runs, conversions and evaluations write of themselves; paths in it are of use on their machine only."""
+
+_LOCAL_PATH = re.compile(r"(file:/+|~|[A-Za-z]:)?[\\/]")
 
 
 def files_to_push(folder: str | Path) -> dict[str, Path]:
@@ -84,9 +96,10 @@ def push_folder(
 ) -> str:
     """Uploads a saved model, with a card; makes the repository where there is none.
 
-    The folder itself stays as it is. Its README.md goes up if somebody wrote it; else the card is rendered anew, for
-    this repository, unless there is one there that somebody wrote or changed. Weights of an earlier push that are not
-    among the new ones are deleted, so that nobody loads them.
+    The folder itself stays as it is. Of absolute paths in its recipe and notes, which tell about the machine, only the
+    last part goes up (see `without_local_paths`). Its README.md goes up if somebody wrote it; else the card is rendered
+    anew, for this repository, unless there is one there that somebody wrote or changed. Weights of an earlier push that
+    are not among the new ones are deleted, so that nobody loads them.
 
     Args:
         folder: written by `save_pretrained`, a training run or `ssm-vlm convert`.
@@ -102,15 +115,20 @@ def push_folder(
         FileNotFoundError, ValueError: as in `files_to_push`; nothing has been uploaded then.
         OSError: the Hub cannot be reached, or does not let you in.
     """
+    validate_repo_id(repo_id)
     folder, api = Path(folder), HfApi(library_name="ssm-vlm")
     files = files_to_push(folder)
+    shortened = {name: text for name, path in files.items() if (text := without_local_paths(path)) is not None}
     with _hub_errors_in_one_sentence(repo_id):
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         if branch is not None:
             api.create_branch(repo.repo_id, branch=branch, exist_ok=True)
         there = set(api.list_repo_files(repo.repo_id, revision=branch))
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()
+            CommitOperationAdd(
+                path_in_repo=name, path_or_fileobj=shortened[name].encode() if name in shortened else path
+            )
+            for name, path in files.items()
         ]
         operations += [
             CommitOperationDelete(name) for name in sorted(there) if _WEIGHTS.fullmatch(name) and name not in files
@@ -121,7 +139,43 @@ def push_folder(
         api.create_commit(
             repo.repo_id, operations, commit_message=message or "Upload model with ssm-vlm", revision=branch
         )
+    if shortened:
+        logger.warning(f"Of paths on this machine only the last part was pushed, in {', '.join(shortened)}.")
     return f"{repo.url}/tree/{branch}" if branch else repo.url
+
+
+def without_local_paths(file: Path) -> str | None:
+    """What to push instead of a file of notes that names absolute paths: the same with their last parts only.
+
+    Returns:
+        None where the file is pushed as it is: it is no file of notes, or it names no such path.
+
+    Raises:
+        ValueError: it is not what its suffix says.
+    """
+    if not any(file.match(pattern) for pattern in _NOTES):
+        return None
+    is_json = file.suffix == ".json"
+    try:
+        text = file.read_text(encoding="utf-8")
+        notes = json.loads(text) if is_json else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{file} is not {'JSON' if is_json else 'YAML'}: {problem}") from None
+    short = _shortened(notes)
+    if short == notes:
+        return None
+    return json.dumps(short, indent=2, ensure_ascii=False) + "\n" if is_json else yaml.safe_dump(short, sort_keys=False)
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shortened(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_shortened(each) for each in value]
+    if isinstance(value, str) and _LOCAL_PATH.match(value):
+        return re.split(r"[\\/]+", value.rstrip("\\/"))[-1] or value
+    return value
 
 
 def _card_there(api: HfApi, repo_id: str, branch: str | None, there: set[str]) -> str | None:
@@ -176,4 +230,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-__all__ = ["files_to_push", "main", "push_folder"]
+__all__ = ["files_to_push", "main", "push_folder", "without_local_paths"]

@@ -11,7 +11,8 @@ from card_toys import ENCODER, SCORES, save_encoder, save_photo, save_vlm
 from hub_stub import LICENCES, metadata_errors
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from transformers import AutoModelForImageTextToText, ViTConfig, ViTForImageClassification
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, ViTConfig, ViTForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ssm_vlm import ENCODERS, BackboneClassifierConfig, BackboneForImageClassification
@@ -137,6 +138,7 @@ def test_metadata_is_valid(request, hub, monkeypatch, tmp_path, kind, repo_id):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_named_encoder_gets_a_valid_card(name, tmp_path):
     ENCODERS[name].config().save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors")
     (tmp_path / "origin.json").write_text(json.dumps({"encoder": name, "source": "weights.pth"}))
     card = render_card(tmp_path)
     hold_metadata(card)
@@ -375,6 +377,120 @@ def test_saving_a_model_writes_a_card_and_leaves_one_of_somebodys_own(vlm):
     (vlm / "README.md").write_text("Mine.")
     model.save_pretrained(vlm)
     assert (vlm / "README.md").read_text() == "Mine."
+
+
+def test_a_processor_that_is_saved_after_its_model_is_on_the_card(vlm, tmp_path):
+    model, processor = AutoModelForImageTextToText.from_pretrained(vlm), AutoProcessor.from_pretrained(vlm)
+    for one, first in ((processor, tmp_path / "a"), (processor.image_processor, tmp_path / "b")):
+        model.save_pretrained(first)
+        assert "does not say how pictures are prepared" in (first / "README.md").read_text()
+        one.save_pretrained(first)
+        card = (first / "README.md").read_text()
+        assert "Pictures are brought to 64x64 pixels" in card and is_untouched(card)
+        (first / "README.md").write_text(card + "Mine.")
+        one.save_pretrained(first)
+        assert (first / "README.md").read_text() == card + "Mine."
+    processor.save_pretrained(tmp_path / "alone")
+    processor.save_pretrained(vlm)  # a model whose card somebody took away
+    assert not (tmp_path / "alone" / "README.md").exists() and not (vlm / "README.md").exists()
+
+
+def scores(**changes):
+    return json.dumps({"scores": {"vqa": SCORES["scores"]["vqa"] | changes}})
+
+
+BROKEN_VALUES = [
+    (
+        "answers.scores.json",
+        scores(num_items=0),
+        r"scores\.vqa\.num_items is 0; it must be a whole number of at least 1",
+    ),
+    ("answers.scores.json", scores(num_items="2"), r"scores\.vqa\.num_items is '2'"),
+    ("answers.scores.json", scores(score=float("nan")), r"scores\.vqa\.score is nan; it must be a number from 0 to 1"),
+    ("answers.scores.json", scores(score=50), r"scores\.vqa\.score is 50"),
+    ("answers.scores.json", scores(floors={"mean_box": None}), r"scores\.vqa\.floors\.mean_box is None"),
+    ("answers.scores.json", scores(kinds={"all": {"num_items": 0, "score": 0}}), r"scores\.vqa\.kinds\.all\.num_items"),
+    ("answers.scores.json", scores(task="chess"), r"scores\.vqa\.task is 'chess'; it must be one of vqa,"),
+    ("answers.scores.json", json.dumps({"scores": {}, "data": 3}), r"data is 3; it must say in words"),
+    ("finished.json", '{"accuracy": NaN}', "accuracy is nan; it must be a number from 0 to 1"),
+    ("finished.json", '{"accuracy": 0.5, "accuracy_items": 0}', "accuracy_items is 0"),
+    ("finished.json", '{"versions": []}', r"versions is \[\]; it must be an object"),
+    ("finished.json", '{"encoder_origin": {"encoder": 5}}', r"encoder_origin\.encoder is 5; it must be text"),
+    ("origin.json", '{"encoder": 5}', "encoder is 5; it must be text"),
+    ("recipe.yaml", "vision_encoder: [a]", r"vision_encoder is \['a'\]; it must be text"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "message"), BROKEN_VALUES)
+def test_values_that_cannot_be_are_named(vlm, capsys, file, content, message):
+    (vlm / file).write_text(content)
+    assert main(["card", str(vlm)]) == 1
+    error = capsys.readouterr().err
+    assert re.search(rf"{re.escape(file)}: {message}", error) and error.count("\n") == 1
+    assert not (vlm / "README.md").exists()
+
+
+def test_empty_values_are_as_if_they_were_not_there(vlm):
+    before = str(render_card(vlm))
+    recipe = (vlm / "recipe.yaml").read_text()
+    (vlm / "recipe.yaml").write_text(f"{recipe}val_folder: null\nweight_decay: null\n")
+    assert str(render_card(vlm)) == before
+
+
+@pytest.mark.parametrize("size", [224, {"shortest_edge": 224}])
+def test_sizes_of_other_image_processors_are_left_out(vlm, size):
+    settings = json.loads((vlm / "processor_config.json").read_text())
+    settings["image_processor"]["size"] = size
+    (vlm / "processor_config.json").write_text(json.dumps(settings))
+    assert "geometry" not in table(render_card(vlm))
+
+
+@pytest.mark.parametrize("repo", ["a b/c", "a/b/c", ""])
+def test_a_name_that_the_hub_cannot_have(vlm, capsys, repo):
+    assert main(["card", str(vlm), "--repo", repo]) == 1
+    error = capsys.readouterr().err
+    assert "Repo id must" in error and error.count("\n") == 1 and not (vlm / "README.md").exists()
+
+
+def test_no_card_without_weights(vlm, capsys):
+    model = AutoModelForImageTextToText.from_pretrained(vlm)
+    (vlm / "model.safetensors").unlink()
+    assert main(["card", str(vlm)]) == 1
+    assert "a config.json but not the weights: it lacks model.safetensors" in capsys.readouterr().err
+    model.save_pretrained(vlm, max_shard_size="1MB")
+    lost = sorted(vlm.glob("model-*.safetensors"))[0]
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=f"it lacks {lost.name}"):
+        render_card(vlm)
+
+
+def test_the_archive_of_a_release_is_not_the_encoders_file(vlm):
+    """Nor is its encoder without a norm, where the norm is the encoder's own."""
+    origin = {"layout": "paper_vlm", "encoder": "vmamba_small_s2l15.in1k_224", "source": "vmamba-s.tar"}
+    (vlm / "origin.json").write_text(json.dumps(origin))
+    for name in ("recipe.yaml", "finished.json"):
+        (vlm / name).unlink()
+    encoder = next(part for part in render_card(vlm).text.splitlines() if part.startswith("| encoder | `vmamba_small"))
+    text = render_card(vlm).text
+    assert "vmamba-s.tar" not in encoder
+    assert all("vmamba-s.tar" not in line for line in text.splitlines() if line.startswith("| encoder |"))
+    assert table(render_card(vlm))["converted from"] == "`vmamba-s.tar`"
+
+
+@pytest.mark.parametrize(
+    ("encoder", "norm"),
+    [
+        ("vmamba_tiny_s2l5.in1k_224", "LayerNorm without parameters"),
+        ("swin_tiny.in1k_224", "LayerNorm without parameters"),
+        ("vit_small_patch16.augreg_in1k_224", "none"),
+    ],
+)
+def test_the_norm_of_the_tap_is_the_encoders(tmp_path, encoder, norm):
+    config = ENCODERS[encoder].config()
+    config.architectures = ["SomeBackbone"]
+    config.save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors")
+    assert table(render_card(tmp_path))["tap norm"] == norm
 
 
 @pytest.mark.parametrize(

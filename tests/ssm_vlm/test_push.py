@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
+import yaml
 from card_toys import save_encoder, save_photo, save_vlm
 from hub_stub import USER
 from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-from ssm_vlm import LlavaStyleForConditionalGeneration, load_encoder
+from ssm_vlm import LlavaStyleForConditionalGeneration, load_encoder, push_command
 from ssm_vlm.cli import main
 from ssm_vlm.push_command import push_folder
 
@@ -156,6 +157,46 @@ def test_weights_of_an_earlier_push_do_not_stay(hub_here, vlm):
     AutoModelForImageTextToText.from_pretrained(REPO)
 
 
+def test_paths_of_this_machine_are_not_pushed(hub_here, vlm):
+    recipe = yaml.safe_load((vlm / "recipe.yaml").read_text())
+    paths = {
+        "data_path": "/home/me/mix.json",
+        "image_root": "C:\\Me\\pictures\\",
+        "output_dir": "runs/relative",
+        "slash": "/",
+    }
+    (vlm / "recipe.yaml").write_text(yaml.safe_dump(recipe | paths | {"more": ["~/me/a.json", 3]}))
+    scores = json.loads((vlm / "answers.scores.json").read_text())
+    (vlm / "answers.scores.json").write_text(json.dumps(scores | {"predictions": "/home/me/RUN/answers.jsonl"}))
+    (vlm / "origin.json").write_text(json.dumps({"layout": "other", "source": "/home/me/weights.pth"}))
+    before = {path.name: path.read_bytes() for path in vlm.iterdir()}
+    push_folder(vlm, REPO)
+    assert {path.name: path.read_bytes() for path in vlm.iterdir()} == before
+    files = hub_here.files(REPO)
+    assert not any(
+        b"/me/" in files[name] for name in ("recipe.yaml", "answers.scores.json", "origin.json", "README.md")
+    )
+    assert yaml.safe_load(files["recipe.yaml"]) == recipe | {
+        "data_path": "mix.json",
+        "image_root": "pictures",
+        "output_dir": "runs/relative",
+        "slash": "/",
+        "more": ["a.json", 3],
+    }
+    assert json.loads(files["answers.scores.json"]) == scores | {"predictions": "answers.jsonl"}
+    assert files["finished.json"] == before["finished.json"] and files["config.json"] == before["config.json"]
+
+
+def test_a_path_that_is_shortened_is_told(hub_here, vlm, monkeypatch):
+    told = []
+    monkeypatch.setattr(push_command.logger, "warning", told.append)
+    push_folder(vlm, REPO)
+    assert told == []
+    (vlm / "recipe.yaml").write_text("data_path: /home/me/mix.json\n")
+    push_folder(vlm, REPO)
+    assert told == ["Of paths on this machine only the last part was pushed, in recipe.yaml."]
+
+
 # What is refused, before anything is uploaded
 
 
@@ -200,6 +241,13 @@ def test_pickles_are_refused(hub_here, vlm, name):
     with pytest.raises(ValueError, match=f"{name}: a pickle can run code"):
         push_folder(vlm, REPO)
     assert not hub_here.repositories
+
+
+@pytest.mark.parametrize(("name", "kind"), [("recipe.yaml", "YAML"), ("answers.scores.json", "JSON")])
+def test_broken_notes_are_refused(hub_here, vlm, capsys, name, kind):
+    (vlm / name).write_text("a: [")
+    assert main(["push", str(vlm), REPO]) == 1
+    assert f"{name} is not {kind}" in capsys.readouterr().err and not hub_here.repositories
 
 
 def test_weights_that_were_cut_off_are_refused(hub_here, vlm):
