@@ -5,11 +5,12 @@
 #     benchmarks/gpu.sh --quick    # toys on whatever is there, to see that the script runs
 #
 # The machine needs Python 3.11 or newer with PyTorch and Triton. What else is missing comes from benchmarks/wheels, which
-# git ignores. Fill it beforehand, for the machine's Python and platform:
+# git ignores. Fill it beforehand, for the Python and the platform of the machine, and leave out what is there already:
 #
-#     pip download --only-binary=:all: --no-deps -d benchmarks/wheels --python-version 3.12 --platform manylinux_2_28_x86_64 \
-#         --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 transformers==5.23.0 huggingface-hub tokenizers \
-#         safetensors accelerate rich markdown-it-py mdurl pygments psutil pytest pluggy iniconfig packaging regex
+#     pip download --only-binary=:all: --no-deps --python-version 3.12 --implementation cp -d benchmarks/wheels \
+#         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+#         transformers==5.23.0 accelerate rich pytest psutil \
+#         $(pip list --format freeze | grep -iE '^(huggingface.hub|click|fsspec|hf.xet|httpx2?|httpcore2?|anyio|idna|h11|certifi|truststore|filelock|packaging|pyyaml|tqdm|regex|tokenizers|typer|pydantic|pydantic.core|annotated.types|annotated.doc|typing.inspection|typing.extensions|shellingham|markdown.it.py|mdurl|pygments|safetensors|iniconfig|pluggy)=')
 #
 # PYTHON chooses the interpreter. A part that fails does not keep the next from running, but the script then fails.
 set -uo pipefail
@@ -68,18 +69,20 @@ if [ "$quick" = 1 ]; then
     exit "$failed"
 fi
 
-kernel_tests=(tests/benchmarks tests/modeling/test_inference.py)
-for file in "$root"/tests/modeling/test_selective_scan_2d*.py; do
-    kernel_tests+=("$file")
-done
-limit 150 tests "$python" -m pytest -q -p no:cacheprovider "${kernel_tests[@]}"
+# On CUDA the tests of the Triton kernels run natively, and those marked gpu run at all.
+kernel_tests=(tests/benchmarks tests/modeling/test_inference.py tests/modeling/test_selective_scan_2d*.py)
+limit 180 tests "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${kernel_tests[@]}"
 # Several runs, so that a part that takes too long costs the others nothing. --budget bounds the slow contenders.
 benchmark+=(--device cuda --dtype bfloat16 --output "$out")
+plot=()
+if "$python" -c 'import matplotlib' 2>/dev/null; then
+    plot=(--plot "$out/encoder.png")
+fi
 limit 90 op "${benchmark[@]}" op --shape 56x56x192 14x14x768 56x56x192x16 --batch 1 64 --budget 4 --label op
-limit 180 encoder "${benchmark[@]}" encoder --variant default compiled copy_based copy_based_prebuilt \
+limit 170 encoder "${benchmark[@]}" encoder --variant default compiled copy_based copy_based_prebuilt \
     --encoder vmamba_tiny_s1l8.in1k_224 vmamba_small_s2l15.in1k_224 vit_small_patch16.augreg_in1k_224 \
-    --size 224 512 1024 1536 2048 --batch 1 128 --budget 6 --plot "$out/encoder.png"
-limit 90 others "${benchmark[@]}" encoder --variant default --batch 1 --rounds 10 --budget 4 --label others \
+    --size 224 512 1024 1536 2048 --batch 1 128 --budget 6 --label encoder "${plot[@]}"
+limit 60 others "${benchmark[@]}" encoder --variant default --batch 1 --rounds 10 --budget 4 --label others \
     --encoder vmamba_base_s2l15.in1k_224 swin_small.in1k_224 convnext_small.in1k_224 vit_base_patch16.augreg_in1k_224 \
     --size 224 384 512 768 1024 800x1333 1536 2048
 limit 60 vlm "${benchmark[@]}" vlm --size 224 1024 --rounds 5 --budget 5 --language-model 0.5b 7b --label vlm

@@ -1,9 +1,10 @@
 """The benchmark's rows as tables in the terminal, as a picture, and as the README's table."""
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,58 +134,59 @@ def _row_of(rows: Sequence[Row], **wanted: Any) -> Row | None:
     return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
 
 
-def markdown_table(record: dict[str, Any]) -> str:
-    """The README's table of one results file: a ViT and a VMamba side by side, and what the copies would cost.
-
-    Empty where the file has none of its rows."""
-    rows, machine, settings = record["rows"], record["machine"], record["settings"]
+def markdown_table(rows: Sequence[Row]) -> list[str]:
+    """Lines of the README's table: a VMamba and a ViT side by side, and what the copies would cost. The first
+    of equal rows counts."""
     lines = [
         "| encoder | pixels | batch | ms per picture | quartiles | scan | copy-based / ours |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     batches = sorted({row["batch"] for row in rows if row["part"] == "encoder"})
-    for height, width in README_SIZES:
-        for batch in batches:
-            for name in README_ENCODERS:
-                here = {"part": "encoder", "name": name, "height": height, "width": width, "batch": batch}
-                row = _row_of(rows, variant="default", **here)
-                if row is None:
-                    continue
-                copies = _row_of(rows, variant="copy_based", **here)
-                quartiles = "-".join(milliseconds(row[f"{which}_quartile"] / batch) for which in ("lower", "upper"))
-                ratio = "" if copies is None else f"{copies['median'] / row['median']:.1f}"
-                share = f"{100 * row['scan_share']:.0f} %" if "scan_share" in row else ""
-                figures = [milliseconds(row["median"] / batch), quartiles, share, ratio]
-                lines.append(f"| {name.partition('.')[0]} | {height} | {batch} | {' | '.join(figures)} |")
-    if len(lines) == 2:
-        return ""
+    for (height, width), batch, name in itertools.product(README_SIZES, batches, README_ENCODERS):
+        here = {"part": "encoder", "name": name, "height": height, "width": width, "batch": batch}
+        row, copies = (_row_of(rows, variant=variant, **here) for variant in ("default", "copy_based"))
+        if row is None:
+            continue
+        quartiles = "-".join(milliseconds(row[f"{which}_quartile"] / batch) for which in ("lower", "upper"))
+        ratio = "" if copies is None else f"{copies['median'] / row['median']:.1f}"
+        share = f"{100 * row['scan_share']:.0f} %" if "scan_share" in row else ""
+        figures = [milliseconds(row["median"] / batch), quartiles, share, ratio]
+        lines.append(f"| {name.partition('.')[0]} | {height} | {batch} | {' | '.join(figures)} |")
+    return lines
+
+
+def _taken_on(record: Mapping[str, Any]) -> str:
+    """One sentence: device, settings, versions and day."""
+    machine = record["machine"]
     threads = "" if machine["cuda"] else f", {machine['cores']} cores, {machine['threads']} threads"
-    versions = machine["versions"]
-    lines += [
-        "",
-        f"{machine['device']}{threads}, {settings['dtype']}, PyTorch {versions['torch']}, {machine['date']}, commit "
-        f"{(machine['commit'] or 'unknown')[:10]}; random weights, to the tap, no head.",
-    ]
-    return "\n".join(lines)
+    return (
+        f"{machine['device']}{threads}, {record['settings']['dtype']}, PyTorch {machine['versions']['torch']}, "
+        f"{machine['date']}, random weights, to the tap, no head."
+    )
 
 
 def readme_block(paths: Sequence[Path]) -> str:
-    """The README's part of all results files.
+    """The README's part of all results files: one table for each machine, dtype, version of PyTorch and day. What was
+    taken more than once is shown of the run with most rounds, among those that took the copy-based composition too.
 
     Raises:
         ValueError: there is no file, or one that the benchmark did not write.
     """
     if not paths:
         raise ValueError("There are no results files: run the benchmark with --output, or name files after --table.")
-    tables = []
+    records = []
     for path in paths:
         try:
-            table = markdown_table(json.loads(path.read_text()))
-        except (KeyError, json.JSONDecodeError) as error:
+            record = json.loads(path.read_text())
+            with_copies = any(row["variant"] == "copy_based" for row in record["rows"])
+            records.append(((with_copies, record["settings"]["rounds"]), _taken_on(record), record["rows"]))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no results file of this benchmark ({error!r}).") from error
-        if table:
-            tables.append(table)
-    return "\n\n".join(tables)
+    rows: dict[str, list[Row]] = {}
+    for _, taken_on, of_record in sorted(records, key=lambda record: record[0], reverse=True):
+        rows.setdefault(taken_on, []).extend(of_record)
+    tables = {taken_on: markdown_table(of) for taken_on, of in rows.items()}
+    return "\n\n".join("\n".join([*lines, "", taken_on]) for taken_on, lines in tables.items() if len(lines) > 2)
 
 
 def write_readme(readme: Path, block: str) -> None:
