@@ -41,9 +41,9 @@ def log(caplog):
 def test_small_maps_build_nothing(fresh, log):
     selective_scan_2d(*make_inputs(*SMALL))
     assert not fresh.exists()
-    assert log.messages == [
-        "selective_scan_2d: backend chunked, because it is the fastest that fits; not cpp: this is too little work."
-    ]
+    (message,) = log.messages
+    assert message.startswith("selective_scan_2d: backend chunked, because it is the fastest that fits; ")
+    assert message.endswith("not cpp: this is too little work.")
 
 
 def test_without_a_compiler_the_scan_runs_and_says_why(fresh, log, monkeypatch):
@@ -52,10 +52,9 @@ def test_without_a_compiler_the_scan_runs_and_says_why(fresh, log, monkeypatch):
     expected = selective_scan_2d(*inputs, backend="chunked")
     log.clear()
     assert torch.equal(selective_scan_2d(*inputs), expected) and not fresh.exists()
-    assert log.messages == [
-        "selective_scan_2d: backend chunked, because it is the fastest that fits; not cpp: there is no C++ compiler "
-        "(/nonexistent/c++)."
-    ]
+    (message,) = log.messages
+    assert message.startswith("selective_scan_2d: backend chunked, because it is the fastest that fits; ")
+    assert message.endswith("not cpp: there is no C++ compiler (/nonexistent/c++).")
     with pytest.raises(
         RuntimeError, match=r"backend cpp cannot run here \(the backend argument asks for it\): there is no C\+\+ comp"
     ):
@@ -105,7 +104,8 @@ def test_large_maps_build_once_even_from_several_processes(fresh, log):
     (built,) = fresh.iterdir()
     modified = built.stat().st_mtime_ns
     selective_scan_2d(*make_inputs(*LARGE, torch.float32))
-    assert log.messages == ["selective_scan_2d: backend cpp, because it is the fastest that fits."]
+    assert [m for m in log.messages if m.startswith("selective_scan_2d: backend cpp, because it is the fastest that")]
+    assert not any("compiling" in message for message in log.messages)
     assert built.stat().st_mtime_ns == modified
 
 

@@ -464,7 +464,8 @@ extern "C" {
 void ssm_vlm_scan_float32(void* const* tensors, const int64_t* numbers) { call<float>(tensors, numbers); }
 void ssm_vlm_scan_float64(void* const* tensors, const int64_t* numbers) { call<double>(tensors, numbers); }
 int64_t ssm_vlm_scan_blocks(int64_t bytes, int64_t channels, int64_t images, int64_t threads) {
-  return bytes == 4 ? Blocks<float>(channels, images, threads).count() : Blocks<double>(channels, images, threads).count();
+  if (bytes == 4) return Blocks<float>(channels, images, threads).count();
+  return Blocks<double>(channels, images, threads).count();
 }
 }
 """
