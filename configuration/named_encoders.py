@@ -6,6 +6,7 @@ print the right figures, and so does `python -m ssm_vlm.eval.encoder_cost NAME`.
 """
 
 import difflib
+import os
 
 from .digit_encoders import DIGIT_ENCODERS
 from .encoder_entry import NamedEncoder, Preprocessing, WeightSource
@@ -47,12 +48,17 @@ def get_named_encoder(name: str) -> NamedEncoder:
         ValueError: for a name that is not in the table; the message gives the nearest ones.
     """
     if name not in ENCODERS:
-        near = difflib.get_close_matches(name, ENCODERS, n=3, cutoff=0.0)
+        near = sorted(ENCODERS, key=lambda known: _likeness(name, known), reverse=True)[:3]
         raise ValueError(
             f"There is no encoder named {name!r}; the nearest names are {', '.join(near)} (`ssm-vlm encoders` lists "
             "all)."
         )
     return ENCODERS[name]
+
+
+def _likeness(typed: str, known: str) -> tuple[int, float]:
+    """How far a name begins like another, which tells the family, then how alike they are as a whole."""
+    return len(os.path.commonprefix([typed, known])), difflib.SequenceMatcher(None, typed, known).ratio()
 
 
 __all__ = ["ENCODERS", "NamedEncoder", "Preprocessing", "WeightSource", "get_named_encoder"]

@@ -47,6 +47,16 @@ def create_timm_model(architecture: str, **arguments: Any) -> Any:
         return timm.create_model(architecture, **arguments).eval()
 
 
+def timm_picture_size(architecture: str) -> tuple[int, int]:
+    """Height and width of the pictures that a timm model is for.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    _, height, width = require_timm().get_pretrained_cfg_value(architecture, "input_size")
+    return height, width
+
+
 def _created_for_any_size(architecture: str, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The whole model, and the arguments that made it, with the one of `_ANY_SIZE` that it takes."""
     for more in _ANY_SIZE:
@@ -200,4 +210,4 @@ def _steps(backbone: nn.Module, canvas: tuple[int, int, int], strides: list[int]
     return steps
 
 
-__all__ = ["create_timm_model", "require_timm", "tapped_timm_config"]
+__all__ = ["create_timm_model", "require_timm", "tapped_timm_config", "timm_picture_size"]

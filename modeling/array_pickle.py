@@ -144,7 +144,7 @@ def read_array_pickle(path: str | PathLike) -> dict[str, np.ndarray]:
     except OSError:
         raise
     except Exception as error:  # a broken pickle can fail in any way
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(f"{str(path)!r} is not a file of arrays that can be read safely: {reason}.") from error
     if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
         contents = contents["model"]

@@ -121,7 +121,9 @@ def _picture_facts(saved: SavedFolder) -> Facts:
     facts.append(("geometry", f"{geometry} {height}x{width} (height x width){resample}"))
     if settings.get("image_mean"):
         mean, std = (", ".join(f"{value:g}" for value in settings[key]) for key in ("image_mean", "image_std"))
-        facts.append(("pixels", f"mean {mean}; std {std}"))
+        guess = saved.encoder_origin.get("pixels_assumed_from")
+        assumed = f" (assumed, those of `{guess}`: the published file does not show them)" if guess else ""
+        facts.append(("pixels", f"mean {mean}; std {std}{assumed}"))
     if settings.get("downsampling"):
         rows, columns = grid_size(height, width, settings["downsampling"])
         facts.append(("image tokens", f"{rows}x{columns} = {rows * columns} for a full canvas"))

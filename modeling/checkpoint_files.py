@@ -70,13 +70,9 @@ def read_state_dict(path: str | PathLike, sha256: str | None = None) -> StateDic
     if sha256 is not None:
         _check_sha256(path, sha256)
     if path.name.endswith(".index.json"):
-        try:
-            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(path)!r} is no index of shards: it has no weight_map.") from error
-        if any(Path(shard).name != shard for shard in shards):
-            raise ValueError(f"{str(path)!r} names shards outside its own folder.")
-        return {key: tensor for shard in shards for key, tensor in read_state_dict(path.parent / shard).items()}
+        return {
+            key: tensor for shard in shards_of(path) for key, tensor in read_state_dict(path.parent / shard).items()
+        }
     contents = _READERS.get(path.suffix, read_checkpoint)(path)
     for container in _CONTAINERS:
         if isinstance(contents, dict) and isinstance(contents.get(container), dict):
@@ -100,6 +96,25 @@ def _file_in(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint file {str(path)!r}.")
     return path
+
+
+def shards_of(index: Path) -> list[str]:
+    """Names of the files that an index of shards refers to, all of them in its own folder.
+
+    Raises:
+        ValueError: it is no index, or it names anything else.
+    """
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(index)!r} is no index of shards: it has no weight_map.") from error
+    for shard in shards:
+        plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard
+        if not plain or shard == ".." or shard.endswith(".json"):
+            raise ValueError(
+                f"{str(index)!r} names {shard!r}, which lies outside its own folder or is no file of weights."
+            )
+    return shards
 
 
 def file_sha256(path: Path) -> str:
@@ -129,8 +144,10 @@ def _read_npz(path: Path) -> StateDict:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-    except (ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{str(path)!r} is not a file of numpy arrays that can be read safely: {error}.") from error
+    except Exception as error:  # as damage has it
+        raise ValueError(
+            f"{str(path)!r} is not a file of numpy arrays that can be read safely: {_reason(error)}."
+        ) from error
 
 
 def _read_arrays(path: Path) -> StateDict:
@@ -146,10 +163,9 @@ def read_checkpoint(path: Path) -> Any:
     Raises:
         ValueError: it is damaged or of another format.
     """
-    """Whatever a PyTorch checkpoint holds, tensors mapped from the file; no code of it runs."""
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError):  # the format before torch 1.6, or no checkpoint at all: told below
+    except Exception:  # the format before torch 1.6, or no checkpoint at all: told below
         named = []
     inert: list[Any] = [(_ArrayBookkeeping if name.startswith("numpy.") else _Bookkeeping, name) for name in named]
     try:
@@ -161,9 +177,17 @@ def read_checkpoint(path: Path) -> Any:
             f"{str(path)!r} is not a checkpoint that can be read safely: it is of another format, is damaged, or needs "
             "code of its own to run."
         ) from error
-    except (RuntimeError, EOFError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read safely: {reason}") from error
+    except PermissionError:
+        raise
+    except Exception as error:  # bytes of any kind are taken for a pickle
+        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read safely: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what torch or numpy says of a file; other errors are only what its bytes happened to do."""
+    if not isinstance(error, RuntimeError | ValueError | zipfile.BadZipFile) or not str(error).strip():
+        return "it is of another format or damaged"
+    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {
@@ -172,4 +196,4 @@ _READERS: dict[str, Callable[[Path], Any]] = {
     ".pkl": _read_arrays,
 }
 
-__all__ = ["file_sha256", "read_checkpoint", "read_state_dict"]
+__all__ = ["file_sha256", "read_checkpoint", "read_state_dict", "shards_of"]

@@ -28,6 +28,7 @@ class CheckpointLayout:
             (dense heads, buffers that the config determines). Everything else must be loaded.
         unseen: fields of the config that no tensor shows: taken from the named encoder where one is given; without one
             `infer` follows what most published models have.
+        shows_size: whether the tensors show the size of the pictures, so that `infer` puts it into the config.
     """
 
     recognises: Callable[[Mapping[str, Tensor]], bool]
@@ -35,6 +36,11 @@ class CheckpointLayout:
     convert: Callable[[Mapping[str, Tensor], PreTrainedConfig], StateDict]
     discards: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
+    shows_size: bool = False
 
 
-__all__ = ["CheckpointLayout", "StateDict"]
+class BrokenFileError(ValueError):
+    """What `infer` and `convert` raise of a file that is not whole: its text tells what is wrong."""
+
+
+__all__ = ["BrokenFileError", "CheckpointLayout", "StateDict"]

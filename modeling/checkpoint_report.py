@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -16,7 +17,7 @@ _NOT_ARCHITECTURE |= {"image_size", "tap_layer", "out_indices"}
 
 
 def check_fit(where: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    """Holds the tensors of a checkpoint to those of a model, names and shapes.
+    """Holds the tensors of a checkpoint to those of a model: names, shapes, and where numbers are whole.
 
     Raises:
         ValueError: one sentence with every kind of difference.
@@ -30,12 +31,32 @@ def check_fit(where: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tenso
             for key, tensor in ours.items()
             if key in theirs and theirs[key].shape != tensor.shape
         ],
+        mistyped=[
+            f"{key} {theirs[key].dtype} instead of {tensor.dtype}"
+            for key, tensor in ours.items()
+            if key in theirs and theirs[key].is_floating_point() != tensor.is_floating_point()
+        ],
     )
 
 
-def report_misfit(where: str, *, missing: Iterable, unexpected: Iterable, misshaped: Iterable) -> None:
+def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError naming the tensors that hold NaN or infinity. Each is read once, and nothing is copied."""
+    broken = []
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and tensor.numel():
+            least, most = torch.aminmax(tensor.detach())  # either is NaN where any number is
+            if not (torch.isfinite(least) and torch.isfinite(most)):
+                broken.append(key)
+    if broken:
+        raise ValueError(f"The weights in {where} are broken: NaN or infinity is in {listed(broken)}.")
+
+
+def report_misfit(
+    where: str, *, missing: Iterable, unexpected: Iterable, misshaped: Iterable, mistyped: Iterable = ()
+) -> None:
     """Raises ValueError naming what does not fit, if anything is given."""
     groups = {"lacks": missing, "has undeclared": unexpected, "has another shape for": misshaped}
+    groups["has another type for"] = mistyped
     found = [f"{verb} {listed(keys)}" for verb, keys in groups.items() if keys]
     if found:
         raise ValueError(f"The checkpoint {where} does not fit: it {'; it '.join(found)}.")
@@ -67,4 +88,4 @@ def listed(keys: Iterable, most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-__all__ = ["check_fit", "check_same_architecture", "listed", "report_misfit"]
+__all__ = ["check_finite", "check_fit", "check_same_architecture", "listed", "report_misfit"]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from .checkpoint_layout import StateDict
+from .checkpoint_layout import BrokenFileError, StateDict
 from .rename_keys import count_indices, need
 
 _FAMILY = "JAX ViT"
@@ -56,7 +56,9 @@ def infer_jax(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], Pre
     positions = need(plain, "Transformer/posembed_input/pos_embedding", _FAMILY).shape[1]
     grid = math.isqrt(positions - 1)
     if grid**2 != positions - 1:
-        raise ValueError(f"pos_embedding has {positions} positions, which is no square of patches and a CLS token.")
+        raise BrokenFileError(
+            f"pos_embedding has {positions} positions, which is no square of patches and a CLS token."
+        )
     query = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
     fields: dict[str, Any] = {
         "hidden_size": width,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration.configuration_mambavision import MambaVisionConfig
-from .checkpoint_layout import CheckpointLayout, StateDict
+from .checkpoint_layout import BrokenFileError, CheckpointLayout, StateDict
 from .modeling_mambavision import MambaVisionBackbone, MambaVisionForImageClassification
 
 logger = logging.get_logger(__name__)
@@ -62,7 +62,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], MambaV
 
     def shape(key: str) -> list[int]:
         if key not in reference:
-            raise ValueError(f"The file is not a whole MambaVision encoder: it lacks {key}.")
+            raise BrokenFileError(f"The file is not a whole MambaVision encoder: it lacks {key}.")
         return list(reference[key].shape)
 
     widths = [shape(f"levels.{stage}.blocks.0.norm1.weight")[0] for stage in range(4)]

@@ -23,7 +23,7 @@ from ..configuration.configuration_llava_style import LlavaStyleConfig
 from ..configuration.named_encoders import NamedEncoder, get_named_encoder
 from .chat_templates import vicuna_template
 from .checkpoint_files import file_sha256, read_checkpoint
-from .checkpoint_report import check_fit
+from .checkpoint_report import check_finite, check_fit
 from .encoder_conversion import SHARD_SIZE, check_target, is_transformers_folder, write_whole
 from .encoder_loading import hold_to_named, load_encoder, read_named, read_transformers, tap_whole
 from .encoder_preprocessing import image_processor_arguments
@@ -32,7 +32,6 @@ from .modeling_llava_style import LlavaStyleForConditionalGeneration
 from .processing_llava_style import LlavaStyleProcessor
 from .published_weights import on_meta
 from .release_archive import CHECKPOINT, CONFIG, read_config, unpack_checkpoint
-from .saved_folder import ORIGIN_FILE
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def convert_paper_release(
         ValueError: the archive is not safe or not a release, or something in it does not fit: the message says what.
     """
     source, folder = Path(source), Path(folder)
-    check_target(folder)
+    check_target(folder, source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.release.") as scratch:
         progress("reading")
@@ -202,6 +201,7 @@ def convert_paper_release(
         model = on_meta(LlavaStyleForConditionalGeneration, config)
         tensors |= {f"vision_tower.{key}": tensor for key, tensor in backbone.state_dict().items()}
         check_fit(str(source), tensors, model.state_dict())
+        check_finite(str(source), tensors)
         model.load_state_dict(tensors, assign=True)
         progress("writing")
         origin |= {"layout": "paper_vlm", "encoder": encoder.name, "language_model": published}
@@ -209,9 +209,8 @@ def convert_paper_release(
         def save(new: Path) -> None:
             model.eval().save_pretrained(new, max_shard_size=SHARD_SIZE)
             processor.save_pretrained(new)
-            (new / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
-        write_whole(folder, save)
+        write_whole(folder, save, origin)
     return folder
 
 

@@ -86,7 +86,9 @@ def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDi
     return rename_keys(early, _RULES, _FUSED)
 
 
-SWIN_LAYOUT = CheckpointLayout(_recognises, _infer, _convert, (r".*\.relative_position_index", r".*\.attn_mask"))
+SWIN_LAYOUT = CheckpointLayout(
+    _recognises, _infer, _convert, (r".*\.relative_position_index", r".*\.attn_mask"), shows_size=True
+)
 """Classification files of Microsoft's Swin and of timm's, any depths and widths, one window size. Index and mask
 buffers, which the config determines, are dropped."""
 

@@ -66,7 +66,7 @@ def _convert(state_dict: Mapping[str, Tensor], config: PreTrainedConfig) -> Stat
     return {f"timm_model.{key}": tensor for key, tensor in state_dict.items()}
 
 
-TIMM_MAXVIT_LAYOUT = CheckpointLayout(_recognises, _infer, _convert)
+TIMM_MAXVIT_LAYOUT = CheckpointLayout(_recognises, _infer, _convert, shows_size=True)
 """MaxViT as timm publishes it."""
 
 __all__ = ["TIMM_MAXVIT_LAYOUT"]

@@ -21,7 +21,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from .checkpoint_layout import CheckpointLayout, StateDict
+from .checkpoint_layout import BrokenFileError, CheckpointLayout, StateDict
 from .convert_jax_vit import convert_jax, infer_jax, recognises_jax
 from .rename_keys import count_indices, need, rename_keys
 
@@ -55,7 +55,7 @@ def heads_of(width: int, family: str) -> int:
     if width % 64 == 0:
         return width // 64
     if width % 16:
-        raise ValueError(
+        raise BrokenFileError(
             f"The number of heads of this {family} of width {width} is unknown: the file does not hold it, published "
             "models have heads of 64 channels, and neither 64 nor 16 divides the width."
         )
@@ -80,12 +80,14 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTra
     width, channels, patch, _ = need(tensors, "patch_embed.proj.weight", _FAMILY).shape
     positions = need(tensors, "pos_embed", _FAMILY).shape[1]
     distilled = "dist_token" in tensors
-    with_prefix = positions - 2 if distilled else positions - 1
-    grid = math.isqrt(positions) if math.isqrt(positions) ** 2 == positions else math.isqrt(with_prefix)
-    if grid**2 not in (positions, with_prefix):
-        raise ValueError(
-            f"pos_embed has {positions} positions, which is no square of patches, with or without those of "
-            f"{1 + distilled} prefix tokens: only models trained on square pictures are read."
+    patches = positions - 1 - distilled
+    if any(_LAYER_SCALE.fullmatch(key) for key in tensors) and math.isqrt(positions) ** 2 == positions:
+        patches = positions  # DeiT-III; without its LayerScale this is a picture that is no square
+    grid = math.isqrt(max(patches, 0))
+    if grid**2 != patches or not grid:
+        raise BrokenFileError(
+            f"pos_embed has {positions} positions, which is no square of patches behind those of {1 + distilled} "
+            "prefix tokens: only models trained on square pictures, with a class token, are read."
         )
     labels = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
     config_class: type[Any] = DeiTConfig if distilled else ViTConfig
@@ -134,7 +136,7 @@ def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDi
     return rename_keys(folded, [*rules, *_HEADS[prefix]], fused)
 
 
-TIMM_VIT_LAYOUT = CheckpointLayout(_recognises, _infer, _convert)
+TIMM_VIT_LAYOUT = CheckpointLayout(_recognises, _infer, _convert, shows_size=True)
 """Files of timm's ViT and DeiT, of the DeiT repository and of google-research/vision_transformer: any depth, width,
 patch and picture size, with or without classifier, LayerScale (`ls1.gamma` or `gamma_1`), position of the CLS token,
 and distillation token."""

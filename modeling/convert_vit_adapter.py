@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration.configuration_vit_adapter import VitAdapterConfig
-from .checkpoint_layout import CheckpointLayout, StateDict
+from .checkpoint_layout import BrokenFileError, CheckpointLayout, StateDict
 from .convert_timm_vit import heads_of
 from .modeling_vit_adapter import PATCH, VitAdapterBackbone
 from .rename_keys import count_indices, need, rename_keys
@@ -69,7 +69,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], VitAda
     positions = need(own, "pos_embed", _FAMILY).shape[1] - 1
     side = math.isqrt(positions)
     if patch != PATCH or side**2 != positions:
-        raise ValueError(
+        raise BrokenFileError(
             f"A ViT-Adapter has patches of {PATCH} pixels and a square of positions behind that of a class token; the "
             f"file has patches of {patch} and {1 + positions} positions."
         )
@@ -77,7 +77,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], VitAda
     extractor = "interactions.0.extractor."
     reads = need(own, f"{extractor}attn.attention_weights.bias", _FAMILY).shape[0]
     if reads % _POINTS:
-        raise ValueError(f"The deformable attention reads {reads} points, which is no multiple of {_POINTS}.")
+        raise BrokenFileError(f"The deformable attention reads {reads} points, which is no multiple of {_POINTS}.")
     ffn = own.get(f"{extractor}ffn.fc1.weight")
     config = VitAdapterConfig(
         image_size=[800, 1333] if detector else 512,
@@ -112,7 +112,9 @@ def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDi
     return converted
 
 
-VIT_ADAPTER_LAYOUT = CheckpointLayout(_recognises, _infer, _convert, discards=(*_SEGMENTER, *_DETECTOR))
+VIT_ADAPTER_LAYOUT = CheckpointLayout(
+    _recognises, _infer, _convert, discards=(*_SEGMENTER, *_DETECTOR), shows_size=True
+)
 """mmseg's and mmdet's ViT-Adapter files; the whole pyramid is loaded, the segmenter or detector behind it left out."""
 
 __all__ = ["VIT_ADAPTER_LAYOUT"]

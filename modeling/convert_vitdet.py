@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, VitDetBackbone, VitDetConfig
 
-from .checkpoint_layout import CheckpointLayout, StateDict
+from .checkpoint_layout import BrokenFileError, CheckpointLayout, StateDict
 from .rename_keys import count_indices, rename_keys
 
 _NET = r"^(?:module\.)?backbone\.net\."
@@ -51,7 +51,7 @@ def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], Vit
     needed += [f"blocks.{block}.attn.rel_pos_{axis}" for block in range(depth) for axis in "hw"]
     missing = [f"backbone.net.{key}" for key in needed if key not in net]
     if missing:
-        raise ValueError(
+        raise BrokenFileError(
             f"The checkpoint holds no whole ViTDet encoder: {', '.join(missing[:5])} of {len(missing)} tensors that "
             "tell its sizes are missing. (Without relative positions a file does not show which blocks have windows.)"
         )
@@ -59,7 +59,7 @@ def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], Vit
     reach = [tuple(_reach(net[f"blocks.{block}.attn.rel_pos_{axis}"]) for axis in "hw") for block in range(depth)]
     narrow, wide = min(reach), max(reach)
     if len(set(reach)) > 2 or (narrow != wide and narrow[0] != narrow[1]):
-        raise ValueError(
+        raise BrokenFileError(
             "The checkpoint holds no ViTDet encoder: its blocks have relative positions for grids of "
             f"{sorted(set(reach))} tokens, where a ViTDet has one square window and one whole picture."
         )
@@ -68,13 +68,15 @@ def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], Vit
     whole = wide if wide != windowed else (1024 // patch, 1024 // patch)
     side = math.isqrt(net["pos_embed"].shape[1])
     if net["pos_embed"].shape[1] - side**2 not in (0, 1):
-        raise ValueError(
+        raise BrokenFileError(
             f"The checkpoint holds no ViTDet encoder: its pos_embed has {net['pos_embed'].shape[1]} rows, which is no "
             "square grid, with or without a class token."
         )
     mlp_ratio, rest = divmod(net["blocks.0.mlp.fc1.weight"].shape[0], width)
     if rest:
-        raise ValueError("Transformers' VitDetConfig takes MLPs that are a whole number of times as wide as the model.")
+        raise BrokenFileError(
+            "Transformers' VitDetConfig takes MLPs that are a whole number of times as wide as the model."
+        )
     head_dim = net["blocks.0.attn.rel_pos_h"].shape[1]
     height_width = [patch * whole[0], patch * whole[1]]
     config = VitDetConfig(
@@ -117,6 +119,7 @@ VITDET_LAYOUT = CheckpointLayout(
         r"(module\.)?roi_heads\.",
         r"(module\.)?pixel_(mean|std)$",
     ),
+    shows_size=True,
 )
 """detectron2's ViTDet files: `backbone.net.` is loaded whole, the detector around it is left out."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..configuration.configuration_ssm_vision import SSMVisionConfig
-from .checkpoint_layout import CheckpointLayout, StateDict
+from .checkpoint_layout import BrokenFileError, CheckpointLayout, StateDict
 from .modeling_ssm_vision import SSMVisionBackbone, SSMVisionForImageClassification
 
 _DENSE_HEADS = (r"(neck|rpn_head|roi_head|decode_head|auxiliary_head|data_preprocessor)\.",)
@@ -100,7 +100,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], SSMVis
 
     def shape(key: str) -> list[int]:
         if key not in reference:
-            raise ValueError(f"The file is not a whole VMamba encoder: it lacks {key}.")
+            raise BrokenFileError(f"The file is not a whole VMamba encoder: it lacks {key}.")
         return list(reference[key].shape)
 
     first = "layers.0.blocks.0."

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -28,6 +29,7 @@ from transformers.utils import logging
 from ..configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
 from ..configuration.taps import tapped_config, vision_part
 from ..configuration.timm_stages import tapped_timm_config
+from .checkpoint_files import shards_of
 from .checkpoint_layout import StateDict
 from .checkpoint_report import check_fit, check_same_architecture, report_misfit
 from .published_weights import PublishedWeights, on_meta, read_published
@@ -88,7 +90,28 @@ def load_encoder(
         return _load_saved(name, tap)
     if name.startswith(_TIMM) and not path.is_dir():  # timm knows its models without the Hub
         return AutoBackbone.from_config(tapped_timm_config(name.removeprefix(_TIMM), tap)).eval()
-    return AutoBackbone.from_config(_tapped_as_saved(_saved_config(name), tap)).eval()
+    return AutoBackbone.from_config(_tapped_as_saved(saved_config(name), tap)).eval()
+
+
+def check_encoder(name_or_dir: str | PathLike, tap: str | None = None) -> None:
+    """Whether `load_encoder` knows this encoder and this tap, as far as can be told without weights and the Hub.
+
+    Raises:
+        ValueError: no such name or folder, no such tap, or a model that cannot be tapped.
+    """
+    name = str(name_or_dir)
+    if name in ENCODERS:
+        config = ENCODERS[name].config()
+    elif (Path(name) / "config.json").is_file():
+        config = saved_config(name)
+    elif Path(name).is_dir():
+        raise ValueError(f"The folder {name!r} holds no config.json, so no saved encoder.")
+    elif _is_hub_id(name):
+        return
+    else:
+        config = get_named_encoder(name).config()  # raises, naming the nearest
+    if tap is not None or name not in ENCODERS:
+        _tapped_as_saved(config, tap)
 
 
 def read_named(encoder: NamedEncoder, source: str | PathLike) -> PublishedWeights:
@@ -141,14 +164,16 @@ def read_transformers(source: str | PathLike) -> PreTrainedModel:
 
 def _read_what_is_there(source: str | PathLike) -> tuple[PreTrainedModel, set[str]]:
     """The same, and which of its tensors are not in the source but random: poolers, often."""
-    config = _saved_config(source)
+    config = saved_config(source)
     part, saved_class = vision_part(config), _saved_class(config)
     model_class: Any = saved_class
     options: dict[str, Any] = {}
     if part is not config:
         model_class = _part_class(on_meta(saved_class, config), part)
         options = {"config": part, "key_mapping": {_PART_PREFIX: ""}}
-    with _report_of_ours():
+    for index in Path(source).glob("*.index.json"):
+        shards_of(index)
+    with _report_of_ours(), _damage_in_one_sentence(source):
         model, info = model_class.from_pretrained(source, output_loading_info=True, **options)
     unexpected = info["unexpected_keys"]
     if part is not config:  # the rest of the composite is no part of the vision model
@@ -176,6 +201,17 @@ def _report_of_ours() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+@contextmanager
+def _damage_in_one_sentence(source: str | PathLike) -> Iterator[None]:
+    """What safetensors and Transformers say of files that are missing or damaged."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"The weights in {str(source)!r} cannot be read: {reason}.") from error
+
+
 def _part_class(whole: PreTrainedModel, part: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class of the model inside `whole` that has this kind of config."""
     for module in whole.modules():
@@ -199,14 +235,20 @@ def _saved_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     raise ValueError(f"A {config.model_type!r} checkpoint is of no model class that is known here.")
 
 
-def _saved_config(source: str | PathLike) -> PreTrainedConfig:
+def saved_config(source: str | PathLike) -> PreTrainedConfig:
+    """The config in a folder or repository in Transformers' format.
+
+    Raises:
+        ValueError, OSError: there is none, or it cannot be read.
+    """
     try:
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # configs check their fields, each in its own way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         name = str(source)
         where = "No model can be read from the folder" if Path(name).is_dir() else "No folder or model on the Hub is"
-        raise type(error)(f"{where} {name!r}: {reason}") from error
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{where} {name!r}: {reason}") from error
 
 
 def _is_tapped(config: PreTrainedConfig) -> bool:
@@ -223,7 +265,7 @@ def _tapped_as_saved(config: PreTrainedConfig, tap: str | None) -> PreTrainedCon
 
 
 def _load_saved(source: str, tap: str | None = None) -> PreTrainedModel:
-    config = _saved_config(source)
+    config = saved_config(source)
     if tap is None and _is_tapped(config):
         return read_transformers(source)
     tapped = tapped_config(config, tap)  # a model that cannot be tapped is told before its weights are read
@@ -263,7 +305,7 @@ def _load_named(
 def _load_whole(encoder: NamedEncoder, source: str, tap: str | None) -> PreTrainedModel:
     """A named encoder out of a whole model, or a Backbone already tapped as its name says."""
     expected = encoder.config()
-    saved = _saved_config(source)
+    saved = saved_config(source)
     if _is_tapped(saved):
         check_same_architecture(source, saved, expected)
         return _load_saved(source, tap)
@@ -348,9 +390,11 @@ def _how_to_get(encoder: NamedEncoder) -> str:
 
 
 __all__ = [
+    "check_encoder",
     "hold_to_named",
     "load_encoder",
     "read_named",
     "read_transformers",
+    "saved_config",
     "tap_whole",
 ]

@@ -7,6 +7,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.image_utils import PILImageResampling
 
 from ..configuration.named_encoders import ENCODERS, get_named_encoder
+from ..configuration.timm_stages import timm_picture_size
 from .image_processing_llava_style import LlavaStyleImageProcessor
 from .token_grid import encoder_downsampling
 
@@ -25,7 +26,20 @@ def image_processor_arguments(name: str) -> dict[str, Any]:
     }
 
 
-def encoder_image_processor(name_or_dir: str | PathLike, config: PreTrainedConfig) -> LlavaStyleImageProcessor:
+def picture_size(config: Any) -> tuple[int, int] | None:
+    """Height and width of the pictures that a whole model is for, where its config says so; timm's, timm knows."""
+    size = getattr(config, "image_size", None)
+    if config.model_type == "timm_wrapper":
+        size = (config.model_args or {}).get("img_size") or timm_picture_size(config.architecture)
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def encoder_image_processor(
+    name_or_dir: str | PathLike, config: PreTrainedConfig, size: tuple[int, int] | None = None
+) -> LlavaStyleImageProcessor:
     """The image processor of an encoder as `load_encoder` takes it.
 
     A stock image processor gives its mean, standard deviation, interpolation and picture size, that of its centre crop
@@ -34,6 +48,7 @@ def encoder_image_processor(name_or_dir: str | PathLike, config: PreTrainedConfi
     Args:
         name_or_dir: exact name in `ENCODERS`, or a folder or Hub id with a saved image processor.
         config: Backbone config of the encoder, tapped; it decides the number of tokens.
+        size: height and width of the canvas, where it is not the one that the table has for the name.
 
     Raises:
         OSError: no image processor is saved there.
@@ -42,7 +57,8 @@ def encoder_image_processor(name_or_dir: str | PathLike, config: PreTrainedConfi
     downsampling = encoder_downsampling(config)
     if name_or_dir in ENCODERS:
         arguments = image_processor_arguments(str(name_or_dir)) | {"downsampling": downsampling}
-        return LlavaStyleImageProcessor(**arguments | {"size": _canvas(arguments["size"], config)})
+        asked = arguments["size"] if size is None else dict(zip(("height", "width"), size, strict=True))
+        return LlavaStyleImageProcessor(**arguments | {"size": _canvas(asked, config)})
     try:
         saved = AutoImageProcessor.from_pretrained(name_or_dir)
     except (OSError, ValueError, ImportError) as error:
@@ -99,4 +115,4 @@ def _arguments_of_stock(stock: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-__all__ = ["encoder_image_processor", "image_processor_arguments"]
+__all__ = ["encoder_image_processor", "image_processor_arguments", "picture_size"]

@@ -1,10 +1,11 @@
 """The table of file layouts that published weights come in."""
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from .checkpoint_layout import CheckpointLayout
+from .checkpoint_layout import CheckpointLayout, StateDict
 from .checkpoint_report import listed
 from .convert_convnext import CONVNEXT_LAYOUT
 from .convert_mambavision import MAMBAVISION_LAYOUT
@@ -27,6 +28,9 @@ LAYOUTS: dict[str, CheckpointLayout] = {
 }
 """Name in `WeightSource.layout` -> layout. A new family of files adds one line here."""
 
+_WRAPPERS = ("module.", "backbone.", "model.")
+"""What training puts before the names of a model: torch's data parallelism, or a model around it."""
+
 
 def recognise_layout(tensors: Mapping[str, Tensor], where: str) -> str:
     """Name of the layout that knows these keys.
@@ -41,10 +45,33 @@ def recognise_layout(tensors: Mapping[str, Tensor], where: str) -> str:
     for name, layout in LAYOUTS.items():
         if layout.recognises(tensors):
             return name
+    if any(re.match(r"(backbone\.)?stages\.\d+\.blocks\.\d+\.attn\.w_msa\.", key) for key in tensors):
+        raise ValueError(
+            f"{where} is a Swin of a detector or segmenter, its tensors named as by mmdetection and mmsegmentation: "
+            "that layout is not read, only the classification files of Microsoft and of timm."
+        )
+    for wrapper in _WRAPPERS:
+        inner = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items() if key.startswith(wrapper)}
+        for name, layout in LAYOUTS.items():
+            if layout.recognises(inner):
+                raise ValueError(
+                    f"{where} holds tensors in the layout {name!r} under {wrapper!r}, but "
+                    f"{len(tensors) - len(inner)} others beside them: only a file of the encoder alone is read."
+                )
     raise ValueError(
         f"{where} holds {len(tensors)} tensors ({listed(tensors, most=3)}) in none of the layouts that are known: "
         f"{', '.join(LAYOUTS)}."
     )
 
 
-__all__ = ["LAYOUTS", "recognise_layout"]
+def without_wrapper(tensors: StateDict) -> StateDict:
+    """The tensors without "module." or "backbone." before every name, if it takes that to recognise them."""
+    if any(layout.recognises(tensors) for layout in LAYOUTS.values()):
+        return tensors
+    for wrapper in _WRAPPERS:
+        if tensors and all(key.startswith(wrapper) for key in tensors):
+            return without_wrapper({key.removeprefix(wrapper): tensor for key, tensor in tensors.items()})
+    return tensors
+
+
+__all__ = ["LAYOUTS", "recognise_layout", "without_wrapper"]

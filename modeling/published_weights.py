@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration.encoder_entry import NamedEncoder
 from .checkpoint_files import read_state_dict
-from .checkpoint_layout import StateDict
+from .checkpoint_layout import BrokenFileError, StateDict
 from .checkpoint_report import check_fit
-from .layouts import LAYOUTS, recognise_layout
+from .layouts import LAYOUTS, recognise_layout, without_wrapper
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def read_published(source: str | PathLike, encoder: NamedEncoder | None = None) 
     where = str(source)
     named = encoder.weights if encoder is not None else None
     tensors = read_state_dict(source, named.sha256 if named is not None else None)
+    tensors = without_wrapper(tensors)
     layout = recognise_layout(tensors, where)
     if encoder is not None and named is not None and named.layout != layout:
         raise ValueError(f"{where} is in the layout {layout!r}, but {encoder.name!r} comes in {named.layout!r}.")
@@ -72,11 +73,12 @@ def read_published(source: str | PathLike, encoder: NamedEncoder | None = None) 
         discarded = {key for key in tensors if _matches(rules.discards, key)}
         kept = {key: tensor for key, tensor in tensors.items() if key not in discarded}
         converted = rules.convert(kept, config)
+        expected = on_meta(model_class, config).state_dict()
     except ImportError as error:  # timm is not installed everywhere
         raise OSError(f"{where} is in the layout {layout!r}. {' '.join(str(error).split())}") from error
-    except (ValueError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
+    except Exception as error:  # shapes of any kind meet arithmetic and configs that take them for granted
         raise ValueError(f"{where} looks like {layout!r} but cannot be read as that: {_sentence(error)}") from error
-    check_fit(where, converted, on_meta(model_class, config).state_dict())
+    check_fit(where, converted, expected)
     return PublishedWeights(layout, model_class, config, converted, sorted(discarded))
 
 
@@ -97,8 +99,11 @@ def _matches(patterns: Iterable[str], key: str) -> bool:
 
 
 def _sentence(error: Exception) -> str:
-    text = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error).strip().splitlines()[0]
-    return text if text.endswith(".") else text + "."
+    if isinstance(error, BrokenFileError):
+        return str(error)
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        return f"it lacks {error.args[0]}."
+    return "it lacks tensors that tell its sizes, or has them in shapes that do not go together."
 
 
 __all__ = ["PublishedWeights", "on_meta", "read_published"]

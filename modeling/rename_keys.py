@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .checkpoint_layout import StateDict
+from .checkpoint_layout import BrokenFileError, StateDict
 
 
 def rename_keys(
@@ -46,10 +46,10 @@ def need(tensors: Mapping[str, Tensor], key: str, family: str) -> Tensor:
     """The tensor `key`.
 
     Raises:
-        ValueError: the file does not hold it.
+        BrokenFileError: the file does not hold it.
     """
     if key not in tensors:
-        raise ValueError(f"The file looks like a {family} checkpoint, but it holds no {key}.")
+        raise BrokenFileError(f"The file looks like a {family} checkpoint, but it holds no {key}.")
     return tensors[key]
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
@@ -27,12 +28,24 @@ def describe(conversion: Conversion, encoder: str | None) -> str:
         "taps": _taps(model.config),
         "parameters": f"{parameters:,}",
         "left out": f"{len(conversion.discarded)} tensors of the source",
-        "pictures": f"as for {conversion.preprocessing}" if conversion.preprocessing else "as for the source",
+        "pictures": f"{'assumed to be ' if conversion.assumed else ''}as for {conversion.preprocessing}"
+        if conversion.preprocessing
+        else "as for the source",
     }
     shown = "\n".join(f"  {key:<11}{value}" for key, value in lines.items() if value)
     if encoder is None and conversion.preprocessing and len(names) != 1:
         shown += "\n  (with --encoder NAME the source is held to that encoder, and pictures are prepared as it needs)"
     return f"{conversion.folder}\n{shown}"
+
+
+def _assumption(conversion: Conversion) -> str:
+    """What is not known of the pictures, in a sentence."""
+    why = "several of the table have this architecture and differ in it" if conversion.names else "none of the table is"
+    return (
+        f"note: mean, standard deviation and interpolation of the pictures are assumed, those of "
+        f"{conversion.preprocessing}: no file shows them, and {why}"
+        + ("." if conversion.names else " this encoder at this size.")
+    )
 
 
 def _taps(config: Any) -> str:
@@ -56,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--push", metavar="REPO", help="upload the folder to this repository of the Hub")
     arguments = parser.parse_args(argv)
+    if arguments.push is not None:
+        validate_repo_id(arguments.push)
     is_vlm = is_paper_release(arguments.source)
     if is_vlm and arguments.encoder:
         parser.error("--encoder is for encoders; a release of the paper's VLMs says itself which one it has")
@@ -77,8 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             conversion = convert_published(arguments.source, arguments.output, arguments.encoder, progress)
             folder, description = conversion.folder, describe(conversion, arguments.encoder)
+            if conversion.assumed:
+                print(_assumption(conversion), file=sys.stderr)
     print(description)
-    if arguments.push:
+    if arguments.push is not None:
         from .push_command import push_folder
 
         print(push_folder(folder, arguments.push))

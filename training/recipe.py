@@ -118,7 +118,7 @@ def parse_recipe(argv: Sequence[str] | None, *parts: type, prog: str | None = No
     *objects, rest = _parse(
         "The command line",
         partial(parser.parse_args_into_dataclasses, return_remaining_strings=True, look_for_args_file=False),
-        from_file + argv,
+        from_file + _as_words(argv, actions),
         f"The recipe ({where})",
     )
     if rest:
@@ -180,6 +180,21 @@ def _as_options(where: str, action: argparse.Action, key: str, value: Any, mappi
             f"{where}: the key {key!r} has a bad value: YAML reads yes, no, on, off as {value}; put text in quotes."
         )
     return [f"--{key}={value}"]
+
+
+def _as_words(argv: list[str], actions: Mapping[str, argparse.Action]) -> list[str]:
+    """`--key [4, 4]` as `--key 4 4`: a list may be written as in the file."""
+    words: list[str] = []
+    for index, word in enumerate(argv):
+        key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        option = key if equals else argv[index - 1] if index and not key else ""
+        action = actions.get(option.removeprefix("--"))
+        listed = yaml.safe_load(value) if _LIST.fullmatch(value) and action and action.nargs == "+" else None
+        words += [word] if not listed else [*([key] if equals else []), *map(str, listed)]
+    return words
+
+
+_LIST = re.compile(r"\[[^\[\]{}:'\"]+\]")
 
 
 def _mapping(text: str) -> dict[str, Any]:

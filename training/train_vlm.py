@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from ..modeling.chat_templates import vicuna_template
 from ..modeling.connectors import connector_downsampling
-from ..modeling.encoder_loading import load_encoder
+from ..modeling.encoder_loading import check_encoder, load_encoder
 from ..modeling.encoder_preprocessing import encoder_image_processor
 from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from ..modeling.model_card import leave_card
@@ -191,6 +191,12 @@ def train_vlm(model_args: ModelArguments, data_args: DataArguments, args: RunArg
     """Trains, unless the run is already finished. The run directory then holds the complete model."""
     require(model_args, "vision_encoder", "language_model")
     require(data_args, "data_path")
+    connector_downsampling(
+        model_args.connector,
+        connector_grid=model_args.connector_grid,
+        connector_factor=model_args.connector_factor,
+    )
+    check_encoder(model_args.vision_encoder, model_args.vision_tap)
     data = LlavaConversations(data_args.data_path, data_args.image_root, on_bad_row=data_args.on_bad_row)
     text_only = int((~data.is_multimodal).sum())
     if model_args.freeze_language_model and text_only:

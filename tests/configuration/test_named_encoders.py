@@ -127,6 +127,12 @@ def test_a_wrong_name_gets_the_nearest():
         get_named_encoder("vmamba_small.in1k_224")
 
 
+@pytest.mark.parametrize("typed", ["vit_smal", "vit_small_patch16", "vit_smalll"])
+def test_names_that_begin_alike_are_nearest(typed):
+    with pytest.raises(ValueError, match=r"nearest names are vit_small_\S+, vit_small_\S+, vit_small_\S+ \("):
+        get_named_encoder(typed)
+
+
 def test_every_published_vmamba_has_a_name_and_a_file():
     vmamba = [name for name in ENCODERS if name.startswith("vmamba_")]
     tags = [name.partition(".")[2].partition("_")[0] for name in vmamba]

@@ -165,9 +165,9 @@ class TestConvert:
 
     def test_converting_again_replaces_the_folder(self, tiny_vit, tmp_path):
         convert_encoder(tiny_vit, FIXTURES / "vit_timm.weights.safetensors", tmp_path)
-        (tmp_path / tiny_vit / "old.txt").write_text("old")
-        convert_encoder(tiny_vit, FIXTURES / "vit_timm.weights.safetensors", tmp_path)
-        assert not (tmp_path / tiny_vit / "old.txt").exists()
+        config = (tmp_path / tiny_vit / "config.json").read_bytes()
+        assert convert_encoder(tiny_vit, FIXTURES / "vit_timm.weights.safetensors", tmp_path) == tmp_path / tiny_vit
+        assert (tmp_path / tiny_vit / "config.json").read_bytes() == config
 
     def test_a_folder_of_other_files_is_left_alone(self, tiny_vit, tmp_path):
         (tmp_path / tiny_vit).mkdir()
@@ -351,7 +351,7 @@ class TestAnyModel:
         AutoModel.from_config(TINY_VIT, add_pooling_layer=False).save_pretrained(tmp_path)
         assert load_encoder(tmp_path).out_features == ["block2"]
         with pytest.raises(ValueError, match=r"does not fit: it lacks pooler\.dense\.bias, pooler\.dense\.weight\."):
-            convert_published(tmp_path, tmp_path / "out")
+            convert_published(tmp_path, tmp_path.with_name(f"{tmp_path.name}_out"))
         weights = load_file(tmp_path / "model.safetensors")
         del weights[next(key for key in weights if "layer.1." in key and "output.dense.weight" in key)]
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})

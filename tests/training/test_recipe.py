@@ -106,6 +106,14 @@ def test_a_mapping_on_the_command_line(given):
     assert toy("--config", given).config == {"eps": 1e-6}
 
 
+@pytest.mark.parametrize("given", [["4", "4"], ["[4,4]"], ["[4, 4]"]])
+def test_a_list_on_the_command_line(given):
+    model, *_ = parse_recipe(["--connector_grid", *given, "--name", "[a]"], *PARTS["vlm"])
+    assert model.connector_grid == [4, 4]
+    model, _, run = parse_recipe([f"--connector_grid={given[-1]}", "--name", "[a]"], *PARTS["vlm"])
+    assert run.name == "[a]" and model.connector_grid in ([4, 4], [4])
+
+
 def test_mappings_that_transformers_reads_as_json(recipe):
     (args,) = parse_recipe(
         [recipe("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6}\n"), "--use_cpu=1"],

@@ -355,6 +355,22 @@ def test_bad_recipes_end_in_one_sentence_and_leave_nothing(different, message, v
 
 
 @pytest.mark.parametrize(
+    ("different", "message"),
+    [
+        ({"vision_encoder": "digit_vmama.digitscenes_64"}, "nearest names are digit_vmamba.digitscenes_64"),
+        ({"vision_encoder": "."}, "The folder '.' holds no config.json"),
+        ({"vision_tap": "stage9"}, "has no tap 'stage9'"),
+        ({"connector": "mlp9"}, "mlp9"),
+        ({"connector": "average_pool_mlp2", "connector_grid": "[0,1]"}, "both at least 1"),
+    ],
+)
+def test_the_model_is_checked_before_the_data_are_read(different, message, vlm_options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train_vlm(vlm_options(tmp_path / "runs", data_path="missing.json", **different))
+
+
+@pytest.mark.parametrize(
     ("main", "given", "message"),
     [
         (train_vlm, {}, "The recipe lacks the key 'vision_encoder': Name in the table"),
