@@ -86,8 +86,8 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTra
     grid = math.isqrt(max(patches, 0))
     if grid**2 != patches or not grid:
         raise BrokenFileError(
-            f"pos_embed has {positions} positions, which is no square of patches behind those of {1 + distilled} "
-            "prefix tokens: only models trained on square pictures, with a class token, are read."
+            f"pos_embed has {positions} positions, which is no square of patches behind "
+            f"{1 + distilled} for other tokens: only models trained on square pictures, with a class token, are read."
         )
     labels = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
     config_class: type[Any] = DeiTConfig if distilled else ViTConfig

@@ -181,10 +181,10 @@ def test_other_canvases_are_refused(folder, tap, height, width, multiple):
 
 
 def test_its_pictures_fit(folder):
-    """No named encoder has this size of windows, so the canvas of the family is enlarged to whole ones."""
+    """No named encoder has this size of windows: the canvas is the one that they are for."""
     size = AutoImageProcessor.from_pretrained(folder).size
-    assert (size.height, size.width) == (256, 256)
-    features(load_encoder(folder), torch.zeros(1, 3, 256, 256))
+    assert (size.height, size.width) == (128, 128)
+    features(load_encoder(folder), torch.zeros(1, 3, 128, 128))
 
 
 def test_a_tapped_folder_reloads(folder, golden, tmp_path):
