@@ -7,16 +7,16 @@ direction, where the step sizes of its positions would be 4 each.
 
 Compulsory bytes per element of x: x in, y out, 4 (R + 2 N) / E projections: 4.3 in bfloat16 at E = 192, R = 6, N = 1.
 The merge adds a float32 sum that each direction reads and writes in cache (in float32, y is the sum).
-Arithmetic, counted in the machine code for sm_90 (Triton 3.7, bfloat16, N = 1): per element and direction 45
-instructions with 4 channels in a thread, 59 with 2, of them 2 exponentials, and for each rank after the first 1 to 2
-more. At 132 multiprocessors of 128 lanes and 1.7 GHz the four directions take 6 to 8 ps, and 4.3 bytes at 4 TB/s 1 ps:
-the instructions, not the memory, are the floor of the bfloat16 scan.
+Arithmetic, counted in the machine code for sm_90 (Triton 3.6 and 3.7, bfloat16, N = 1; the loop over ranks once):
+45 instructions per element and direction (rows, 4 channels in a thread) to 68 (columns, 2 channels), 2 of them
+exponentials. At 132 multiprocessors of 128 lanes and 1.7 GHz four directions take at least 6 to 9 ps, and 4.3 bytes at
+4 TB/s 1 ps: the instructions, not the memory, are the floor of the bfloat16 scan.
 
 The backward pass recomputes everything from the inputs. States and adjoint states enter at every tile (20 bytes per
 tile of 16 positions, channel, direction and state), so that all tiles are independent. Gradients of parameters are
 summed within a program over as many tiles as still fill the chip, then over programs by torch. No atomics anywhere:
 results are the same to the bit from run to run. Its adjoint scan runs against the order of the registers, which Triton
-does with shuffles, and it spills some: 270 instructions per element and direction, so it has the most left to gain.
+does with shuffles, and it spills some: 270 to 290 instructions per element and direction, so it has the most left to gain.
 None of this was timed yet.
 """
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 PER_THREAD = 32
-"""Elements of a tile that a thread holds in the forward pass, in about five arrays at a time: 168 to 237 registers and
+"""Elements of a tile that a thread holds in the forward pass, in about five arrays at a time: 168 to 255 registers and
 so 8 to 12 warps on each multiprocessor, enough as elements are independent but for one chain of multiply-adds."""
 
 PER_THREAD_BACKWARD = 16
