@@ -16,8 +16,8 @@ The backward pass recomputes everything from the inputs. States and adjoint stat
 tile of 16 positions, channel, direction and state), so that all tiles are independent. Gradients of parameters are
 summed within a program over as many tiles as still fill the chip, then over programs by torch. No atomics anywhere:
 results are the same to the bit from run to run. Its adjoint scan runs against the order of the registers, which Triton
-does with shuffles, and it spills some: 270 to 290 instructions per element and direction, so it has the most left to gain.
-None of this was timed yet.
+does with shuffles, and it spills some: 270 to 290 instructions per element and direction, so it has the most
+left to gain. None of this was timed yet.
 """
 
 import functools
