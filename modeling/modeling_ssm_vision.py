@@ -235,8 +235,8 @@ class SSMVisionModel(SSMVisionTrunk):
 
     `hidden_states` are the stem's and each stage's maps as sequences; they differ in N and C, and the last of them is
     `last_hidden_state`. Works as vision tower of the stock `LlavaForConditionalGeneration`
-    (`vision_feature_layer=-1, vision_feature_select_strategy="full"`). Without `add_output_norm` the tap's map is as the
-    last block leaves it, whatever the config says.
+    (`vision_feature_layer=-1, vision_feature_select_strategy="full"`). Without `add_output_norm` the tap's map is as
+    the last block leaves it, whatever the config says.
     """
 
     def __init__(self, config: SSMVisionConfig, add_output_norm: bool = True):
