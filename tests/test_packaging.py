@@ -15,6 +15,7 @@ import pytest
 
 import ssm_vlm
 from ssm_vlm.configuration.named_encoders import ENCODERS
+from ssm_vlm.modeling.encoder_loading import load_encoder
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -187,6 +188,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     assert [row["name"] for row in rows] == list(ENCODERS)
     assert "usage: ssm-vlm" in run(scripts / "ssm-vlm", "--help", cwd=tmp_path)
 
-    ENCODERS["digit_vmamba.digitscenes_64"].config().save_pretrained(tmp_path / "encoder")
+    load_encoder("digit_vmamba.digitscenes_64", pretrained=False).save_pretrained(tmp_path / "encoder")
+    (tmp_path / "encoder" / "README.md").unlink()
     run(scripts / "ssm-vlm", "card", tmp_path / "encoder", cwd=tmp_path)
     assert "A vision encoder" in (tmp_path / "encoder" / "README.md").read_text()
