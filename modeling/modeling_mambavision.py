@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_mambavision import MambaVisionConfig
+from .drop_path import DropPath
 from .ops.selective_scan_1d import selective_scan_1d
 
 _STEM_NORM_EPS = 1e-4
@@ -49,21 +50,6 @@ class MambaVisionStem(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = F.relu(self.norm1(self.conv1(pixel_values)))
         return F.relu(self.norm2(self.conv2(x)))
-
-
-class MambaVisionDropPath(nn.Module):
-    """Stochastic depth per sample (arXiv 1603.09382); inert in eval mode."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        mask = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep)
-        return x * mask / keep
 
 
 class MambaVisionLayerScale(nn.Module):
@@ -94,7 +80,7 @@ class MambaVisionConvBlock(GradientCheckpointingLayer):
         self.norm2 = nn.BatchNorm2d(width)
         scale = config.conv_layer_scale
         self.layer_scale = nn.Identity() if scale is None else MambaVisionLayerScale(width, scale, trailing=2)
-        self.drop_path = MambaVisionDropPath(drop_path)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.act(self.norm1(self.conv1(x)))
@@ -213,7 +199,7 @@ class MambaVisionBlock(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MambaVisionMLP(config, stage)
         self.layer_scale2 = nn.Identity() if scale is None else MambaVisionLayerScale(width, scale, trailing=0)
-        self.drop_path = MambaVisionDropPath(drop_path)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.layer_scale1(self.mixer(self.norm1(x))))

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_ssm_vision import SSMVisionConfig
+from .drop_path import DropPath
 from .mixers import MIXERS, ChannelsLastConv2d
 
 
@@ -105,21 +106,6 @@ class SSMVisionMLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class SSMVisionDropPath(nn.Module):
-    """Stochastic depth per sample (arXiv 1603.09382); inert in eval mode."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep)
-        return x * mask / keep
-
-
 class SSMVisionBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x)) where the encoder has MLPs."""
 
@@ -128,7 +114,7 @@ class SSMVisionBlock(GradientCheckpointingLayer):
         width = config.hidden_sizes[stage]
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mixer = MIXERS[config.mixers[stage]](config, stage, block)
-        self.drop_path = SSMVisionDropPath(drop_path)
+        self.drop_path = DropPath(drop_path)
         if config.mlp_ratio > 0:
             self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.mlp = SSMVisionMLP(config, width)

@@ -24,6 +24,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import MultiSc
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_vit_adapter import VitAdapterConfig
+from .drop_path import DropPath
 
 PATCH = 16
 CANVAS = 32
@@ -31,21 +32,6 @@ CANVAS = 32
 
 Grid = tuple[int, int]
 """Rows and columns of a map."""
-
-
-class VitAdapterDropPath(nn.Module):
-    """Stochastic depth per sample (arXiv 1603.09382); inert in eval mode."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        mask = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep)
-        return x * mask / keep
 
 
 class VitAdapterAttention(nn.Module):
@@ -107,7 +93,7 @@ class VitAdapterBlock(GradientCheckpointingLayer):
         self.attention = VitAdapterAttention(config, window_size)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VitAdapterMLP(config)
-        self.drop_path = VitAdapterDropPath(drop_path)
+        self.drop_path = DropPath(drop_path)
         self.scale1, self.scale2 = (
             nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None for _ in range(2)
         )
@@ -279,7 +265,7 @@ class VitAdapterExtractor(GradientCheckpointingLayer):
         self.ffn = VitAdapterConvFFN(config) if config.conv_ffn_ratio > 0 else None
         if self.ffn is not None:
             self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.drop_path = VitAdapterDropPath(config.drop_path_rate)
+            self.drop_path = DropPath(config.drop_path_rate)
 
     def forward(self, pyramid: Tensor, x: Tensor, centres: Tensor, grids: list[Grid], source_grid: Grid) -> Tensor:
         pyramid = pyramid + self.attention(self.query_norm(pyramid), centres, self.source_norm(x), [source_grid])

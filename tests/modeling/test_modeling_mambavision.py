@@ -13,7 +13,7 @@ from ssm_vlm import (
     encoder_downsampling,
     grid_size,
 )
-from ssm_vlm.modeling.modeling_mambavision import MambaVisionDropPath
+from ssm_vlm.modeling.drop_path import DropPath
 
 STAGES = MambaVisionConfig().stage_names
 SIZES = [(64, 64), (64, 96), (33, 47), (31, 130), (5, 3), (1, 1)]
@@ -189,16 +189,16 @@ def test_batch_norm_learns_statistics_in_training_and_none_when_frozen():
 
 def test_stochastic_depth_grows_over_all_blocks():
     model = build(drop_path_rate=0.6)
-    rates = [module.rate for module in model.modules() if isinstance(module, MambaVisionDropPath)]
+    rates = [module.rate for module in model.modules() if isinstance(module, DropPath)]
     assert rates == pytest.approx([0.1 * index for index in range(7)], abs=1e-6)
     tapped = build(drop_path_rate=0.6, out_features=["stage2"])
-    assert [m.rate for m in tapped.modules() if isinstance(m, MambaVisionDropPath)] == rates[:2]
+    assert [m.rate for m in tapped.modules() if isinstance(m, DropPath)] == rates[:2]
 
 
 @pytest.mark.parametrize("shape", [(400, 6), (400, 6, 1, 1)])
 def test_dropped_branches_keep_their_mean(shape):
     torch.manual_seed(0)
-    drop = MambaVisionDropPath(0.25).train()
+    drop = DropPath(0.25).train()
     kept = drop(torch.ones(shape))
     assert kept.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert kept.flatten(1).std(dim=1).max() == 0 and kept.mean() == pytest.approx(1.0, abs=0.1)
