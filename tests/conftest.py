@@ -13,6 +13,17 @@ import pytest
 import torch
 from transformers.utils import is_timm_available
 
+try:
+    import hypothesis
+except ImportError:  # where kernels are tested on a machine with little else; tests that use it do not load then
+    pass
+else:
+    # No property is about time, and a run can be repeated; `--hypothesis-profile=default` draws new examples.
+    hypothesis.settings.register_profile(
+        "repeatable", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("repeatable")
+
 
 def pytest_collection_modifyitems(items):
     """Tests of timm models have an environment of their own, since timm needs torchvision and the library neither."""

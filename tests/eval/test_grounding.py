@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ssm_vlm.eval.grounding import Box, box_iou, parse_box, score_grounding
@@ -38,7 +38,6 @@ def test_anything_else_is_no_box(text):
 NUMBERS = st.floats(-0.5, 1.5).map(lambda value: round(value, 2))
 
 
-@settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=3, max_size=5))
 @example([0.0, 0.0, 1.0, 1.0])
 @example([0.5, 0.5, 0.5, 0.6])

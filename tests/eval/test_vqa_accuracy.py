@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ssm_vlm.eval.vqa_accuracy import _CONTRACTIONS, normalize_answer, textvqa_accuracy, vqa_accuracy
@@ -25,7 +25,6 @@ def test_reference_scores(name):
     assert not wrong
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10), st.sampled_from(list(METRICS.values())))
 def test_leave_one_out(matches, metric):
     """The definition, said slowly."""

@@ -55,7 +55,7 @@ def boxes_in(draw, geometry):
 
 
 @pytest.mark.parametrize("frame", BOX_FRAMES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_boxes_come_back_from_every_frame(frame, data):
     geometry = data.draw(geometries())
@@ -67,7 +67,7 @@ def test_boxes_come_back_from_every_frame(frame, data):
 
 
 @pytest.mark.parametrize("frame", BOX_FRAMES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_box_inside_the_picture_is_inside_every_frame_unless_cropped(frame, data):
     geometry = data.draw(geometries([name for name in SPECS if name != "resize_crop" or frame != "canvas"]))
@@ -76,7 +76,7 @@ def test_a_box_inside_the_picture_is_inside_every_frame_unless_cropped(frame, da
     assert -1e-9 <= y1 <= y2 <= 1 + 1e-9
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(geometry=geometries(), data=st.data())
 def test_frames_agree_with_their_definition(geometry, data):
     x1, y1, x2, y2 = box = data.draw(boxes_in(geometry))
@@ -169,7 +169,7 @@ def test_a_rectangle_appears_exactly_where_its_box_is_mapped(name, options, raw)
         assert centre == pytest.approx((low + high) / 2, abs=tolerance)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_colours_are_pure_inside_their_mapped_areas(data):
     """Rectangle, rest of the picture and canvas fill, each as far from its edges as the filter reaches."""

@@ -65,7 +65,7 @@ def test_equals_the_float64_loop(backend, length, dtype, tolerance):
 
 
 @fast_backends
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 3), length=st.integers(1, 70), channels=st.integers(1, 5), seed=st.integers(0, 999),
     states=st.sampled_from([1, 2, 16]), rank=st.integers(1, 3), unit=st.integers(1, 500),

@@ -103,7 +103,7 @@ def test_float32_equals_the_float64_loop(backend, batch, height, width, channels
 
 
 @fast_backends
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 3), height=st.integers(1, 12), width=st.integers(1, 12), channels=st.integers(1, 5),
     states=st.sampled_from([1, 2, 16]), rank=st.integers(1, 3), seed=st.integers(0, 999), unit=st.integers(1, 500),

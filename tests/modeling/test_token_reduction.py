@@ -111,7 +111,7 @@ values = {
 }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), sides, sides, st.sampled_from(list(REDUCTIONS)))
 def test_the_step_says_how_many_tokens_are_left(data, height, width, name):
     value = data.draw(values[name])
@@ -122,14 +122,14 @@ def test_the_step_says_how_many_tokens_are_left(data, height, width, name):
     assert num_image_tokens(height, width, [step]) <= height * width
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sides, sides, st.integers(1, 4), st.integers(1, 4))
 def test_two_pixel_shuffles_count_as_one_of_their_product(height, width, first, second):
     one = grid_size(height, width, [[first * second, "ceil"]])
     assert grid_size(height, width, [[first, "ceil"], [second, "ceil"]]) == one
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sides, sides, st.integers(1, 200), st.integers(1, 200))
 def test_a_grid_bounds_each_side_and_no_side_grows(height, width, rows, columns):
     found = grid_size(height, width, [[[rows, columns], "at_most"]])

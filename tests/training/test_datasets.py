@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -220,7 +220,6 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(JSON_VALUES, max_size=6), ascii_only=st.booleans(), indent=st.none() | st.just(2), bom=st.booleans()
 )

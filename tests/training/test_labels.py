@@ -195,7 +195,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_s
 
 
 @pytest.mark.parametrize("name", ["vicuna", "chatml", "marked chatml"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(TEXT, min_size=2, max_size=6))
 def test_any_text(name, texts):
     """Byte-level tokenizers give text back exactly, so the learned runs can be compared to the last character."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -20,7 +20,6 @@ def cut(order, size):
 SAMPLES = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=60)
 
 
-@settings(deadline=None)
 @given(SAMPLES, st.integers(1, 9), st.integers(0, 3), st.integers(0, 3), st.integers(1, 4))
 def test_every_index_once_in_batches_of_one_modality(samples, batch_size, seed, epoch, batches_per_group):
     lengths, is_multimodal = map(np.array, zip(*samples, strict=True))
@@ -45,7 +44,6 @@ def test_every_index_once_in_batches_of_one_modality(samples, batch_size, seed, 
                 assert drawn[of_modality[order[: whole * batch_size]]].max() == lengths[of_modality].max()
 
 
-@settings(deadline=None)
 @given(SAMPLES, st.integers(1, 9), st.integers(0, 3))
 def test_filled_batches_are_whole_and_of_one_modality(samples, batch_size, epoch):
     lengths, is_multimodal = map(np.array, zip(*samples, strict=True))
