@@ -23,12 +23,13 @@ from .array_pickle import read_array_pickle
 from .checkpoint_layout import StateDict
 
 _CONTAINERS = ("model", "state_dict")
-_FILES_OF_A_REPOSITORY = (
+FILES_OF_A_REPOSITORY = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+"""Names of files of weights in a repository on the Hub, in the order in which Transformers looks for them."""
 
 
 class _Bookkeeping:
@@ -87,10 +88,10 @@ def read_state_dict(path: str | PathLike, sha256: str | None = None) -> StateDic
 
 def _file_in(path: Path) -> Path:
     if path.is_dir():
-        found = [path / name for name in _FILES_OF_A_REPOSITORY if (path / name).is_file()]
+        found = [path / name for name in FILES_OF_A_REPOSITORY if (path / name).is_file()]
         if not found:
             raise FileNotFoundError(
-                f"The folder {str(path)!r} holds no checkpoint file: expected {', '.join(_FILES_OF_A_REPOSITORY)}."
+                f"The folder {str(path)!r} holds no checkpoint file: expected {', '.join(FILES_OF_A_REPOSITORY)}."
             )
         return found[0]
     if not path.is_file():
@@ -196,4 +197,4 @@ _READERS: dict[str, Callable[[Path], Any]] = {
     ".pkl": _read_arrays,
 }
 
-__all__ = ["file_sha256", "read_checkpoint", "read_state_dict", "shards_of"]
+__all__ = ["FILES_OF_A_REPOSITORY", "file_sha256", "read_checkpoint", "read_state_dict", "shards_of"]

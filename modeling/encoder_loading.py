@@ -6,6 +6,7 @@ have, its head or what lies after the tap; a tensor that the whole model does no
 neutral.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoBackbone,
@@ -29,7 +30,7 @@ from transformers.utils import logging
 from ..configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
 from ..configuration.taps import tapped_config, vision_part
 from ..configuration.timm_stages import tapped_timm_config
-from .checkpoint_files import shards_of
+from .checkpoint_files import FILES_OF_A_REPOSITORY, read_state_dict, shards_of
 from .checkpoint_layout import StateDict
 from .checkpoint_report import check_fit, check_same_architecture, report_misfit
 from .published_weights import PublishedWeights, on_meta, read_published
@@ -180,7 +181,31 @@ def _read_what_is_there(source: str | PathLike) -> tuple[PreTrainedModel, set[st
         own = {key.partition(".")[0] for key in model.state_dict()}
         unexpected = [key for key in unexpected if key.partition(".")[0] in own]
     report_misfit(str(source), missing=(), unexpected=unexpected, misshaped=info["mismatched_keys"])
+    _check_numbers(source, model, whole=part is config)
     return model.eval(), info["missing_keys"]
+
+
+def _check_numbers(source: str | PathLike, model: PreTrainedModel, whole: bool) -> None:
+    """Raises ValueError naming weights that are stored as whole numbers: Transformers casts them without a word.
+
+    Checkpoints may name their tensors as older versions of Transformers do, so that only the last part of a name is
+    held to the model's; buffers of whole numbers, `position_ids` and the like, are as they should be.
+    """
+    stored: Any = source
+    if not Path(source).is_dir():
+        cached = (try_to_load_from_cache(str(source), name) for name in FILES_OF_A_REPOSITORY)
+        stored = next((file for file in cached if isinstance(file, str)), None)
+    if stored is None:
+        return
+    floating = {key.rpartition(".")[2] for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    mistyped = [
+        f"{key} {tensor.dtype} instead of {model.dtype}"
+        for key, tensor in read_state_dict(stored).items()
+        if key.rpartition(".")[2] in floating
+        and not tensor.is_floating_point()
+        and (whole or re.match(_PART_PREFIX, key))
+    ]
+    report_misfit(str(source), missing=(), unexpected=(), misshaped=(), mistyped=mistyped)
 
 
 def _read_tensors(source: str | PathLike) -> tuple[StateDict, type[PreTrainedModel], PreTrainedConfig]:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    BertConfig,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from ssm_vlm import cli
 
@@ -167,12 +175,51 @@ def test_folders_in_transformers_format(case, refused, tmp_path):
     assert message in refused(tmp_path / "source")
 
 
+def small_vit(folder):
+    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=32)
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor().save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
+def test_whole_numbers_in_transformers_format(form, dtype, refused, tmp_path):
+    """Transformers would cast them without a word."""
+    file = small_vit(tmp_path / "source")
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("k_proj.weight") or key.endswith("key.weight"))
+    tensors |= {key: tensors[key].to(dtype)}
+    if form == "bin":
+        file.unlink()
+        torch.save(tensors, file.with_name("pytorch_model.bin"))
+    elif form == "shards":
+        file.rename(file.with_name("model-1.safetensors"))
+        save_file(tensors, file.with_name("model-1.safetensors"), metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+        file.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        save_file(tensors, file, metadata={"format": "pt"})
+    told = refused(tmp_path / "source")
+    assert f"it has another type for {key} {dtype} instead of torch.float32" in told
+
+
+def test_buffers_of_whole_numbers_are_no_damage(tmp_path):
+    """Checkpoints of older versions hold them beside their weights, and so do those with batch norm."""
+    config = CLIPVisionConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16
+    )
+    CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor().save_pretrained(tmp_path / "clip")
+    file = tmp_path / "clip/model.safetensors"
+    key = "vision_model.embeddings.position_ids"
+    save_file(load_file(file) | {key: torch.arange(5)[None]}, file, metadata={"format": "pt"})
+    assert cli.main(["convert", str(tmp_path / "clip"), "--output", str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize("damage", ["cut off", "NaN", "every seventh gone"])
 def test_weights_in_transformers_format(damage, refused, tmp_path):
-    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=32)
-    ViTForImageClassification(config).save_pretrained(tmp_path / "source")
-    ViTImageProcessor().save_pretrained(tmp_path / "source")
-    file = tmp_path / "source/model.safetensors"
+    file = small_vit(tmp_path / "source")
     if damage == "cut off":
         file.write_bytes(file.read_bytes()[:5000])
     else:
