@@ -1,5 +1,7 @@
 """Configuration of MambaVision (arXiv 2407.08083): two convolutional stages, two of Mamba mixers and attention."""
 
+from typing import TYPE_CHECKING
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -72,6 +74,8 @@ class MambaVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     dt_max: float = 0.1
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
+    if TYPE_CHECKING:  # BackboneConfigMixin takes it by keyword too
+        out_features: list[str] = []
 
     def __post_init__(self, **kwargs):
         if "in_dim" in kwargs:

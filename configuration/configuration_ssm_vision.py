@@ -1,6 +1,6 @@
 """Configuration of the hierarchical vision encoder with a mixer slot (VMamba and its matched alternatives)."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -85,6 +85,8 @@ class SSMVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     rope_theta: float | int = 100.0
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
+    if TYPE_CHECKING:  # BackboneConfigMixin takes it by keyword too
+        out_features: list[str] = []
 
     def __post_init__(self, **kwargs):
         self.hidden_sizes, self.depths = list(self.hidden_sizes), list(self.depths)

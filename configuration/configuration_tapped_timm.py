@@ -1,7 +1,8 @@
 """Configuration of a timm model cut after its tap: all that the library asks of an encoder, known without timm."""
 
+from dataclasses import field
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -35,20 +36,22 @@ class TappedTimmConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "tapped_timm"
 
-    backbone: str | None = None
+    backbone: str = ""
     num_channels: int = 3
-    model_args: dict[str, Any] | None = None
-    stage_names: list[str] | None = None
-    stage_channels: list[int] | None = None
-    stage_downsampling: list | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    stage_names: list[str] = field(default_factory=list)
+    stage_channels: list[int] = field(default_factory=list)
+    stage_downsampling: list = field(default_factory=list)
     grid_multiple: int | None = None
     only_size: list[int] | None = None
     apply_final_norm: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
+    if TYPE_CHECKING:  # BackboneConfigMixin takes it by keyword too
+        out_features: list[str] = []
 
     def __post_init__(self, **kwargs):
-        self.model_args = dict(self.model_args or {})
+        self.model_args = dict(self.model_args)
         self.stage_names = list(self.stage_names or ["stage1"])
         self.stage_channels = list(self.stage_channels or [1] * len(self.stage_names))
         self.stage_downsampling = [

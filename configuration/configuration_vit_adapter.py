@@ -1,6 +1,6 @@
 """Configuration of ViT-Adapter (arXiv 2205.08534): a plain vision transformer with a feature pyramid beside it."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -76,6 +76,8 @@ class VitAdapterConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float = 0.02
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
+    if TYPE_CHECKING:  # BackboneConfigMixin takes it by keyword too
+        out_features: list[str] = []
 
     def __post_init__(self, **kwargs):
         self.stage_names = ["stage1", "stage2", "stage3", "stage4"]

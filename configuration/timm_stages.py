@@ -149,13 +149,16 @@ def _ask_timm(architecture: str, tap: str | None, model_args: str, apply_final_n
     else:
         to_tap = create_timm_model(architecture, features_only=True, out_indices=(index,), **arguments)
         multiple, only_size = _sizes_taken(to_tap, canvas, strides[index])
+    steps = steps or _steps(backbone, canvas, strides, any_size=False)
+    if steps is None:
+        raise ValueError(f"The feature maps of timm's {architecture!r} do not follow their strides {strides}.")
     return TappedTimmConfig(
         backbone=architecture,
         model_args=arguments,
         num_channels=channels,
         stage_names=names,
         stage_channels=[int(info["num_chs"]) for info in infos],
-        stage_downsampling=steps or _steps(backbone, canvas, strides, any_size=False),
+        stage_downsampling=steps,
         grid_multiple=multiple,
         only_size=only_size,
         apply_final_norm=apply_final_norm,
@@ -196,9 +199,12 @@ def _steps(backbone: nn.Module, canvas: tuple[int, int, int], strides: list[int]
     last = strides[-1]
     odd = (1, last // 4 + 1, last // 2 + 1, last - 1) if any_size else ()
     before, stride_before = sorted({height, *(height + more for more in odd)}), 1
-    measured = [_grids(backbone, channels, size, size) for size in before]
-    if None in measured:
-        return None
+    measured = []
+    for size in before:
+        grids = _grids(backbone, channels, size, size)
+        if grids is None:
+            return None
+        measured.append(grids)
     steps = []
     for stage, stride in enumerate(strides):
         after, step = [grids[stage][0] for grids in measured], stride // stride_before

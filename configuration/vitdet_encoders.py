@@ -23,7 +23,7 @@ _ZOO = "https://dl.fbaipublicfiles.com/detectron2/ViTDet/COCO/mask_rcnn_vitdet_"
 
 
 def _vitdet(width: int, depth: int, heads: int, drop_path: float) -> VitDetConfig:
-    return VitDetConfig(
+    return VitDetConfig(  # type: ignore[call-arg]  # takes out_features by keyword
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=heads,

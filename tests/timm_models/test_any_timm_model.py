@@ -274,6 +274,7 @@ class TestById:
             ("timm/resnet10t.c3_in1k", "stage5", "resnet10t has no tap 'stage5'; choose stem, stage1, stage2"),
             ("timm/test_vit.r160_in1k", "stage3", "test_vit has no tap 'stage3'; choose block1, block2"),
             ("timm/mixer_s16_224", "stage3", "mixer_s16_224 has no tap 'stage3'; choose block1 to block8"),
+            ("timm/legacy_xception.tf_in1k", None, "'legacy_xception' do not follow their strides"),
         ],
     )
     def test_what_is_not_there(self, name, tap, message):
