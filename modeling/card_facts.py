@@ -219,8 +219,8 @@ def limits(saved: SavedFolder, parts: Sequence[Part]) -> list[str]:
             "Trained on DigitScenes: handwritten digits on plain canvases. It proves that the plumbing works, and says "
             "nothing about photographs."
         )
-    from_name = entry is not None and entry.weights is not None and saved.encoder_weights == "published"
-    if from_name and not entry.loaded_from_real_file and not saved.encoder_origin:
+    unseen = saved.encoder_weights == "published" and not saved.encoder_origin
+    if unseen and entry is not None and entry.weights is not None and not entry.loaded_from_real_file:
         found.append(
             f"Of this version of ssm-vlm nobody is known to have loaded the published file of `{entry.name}`: its "
             "conversion is tested on random weights of the reference implementation."

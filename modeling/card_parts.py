@@ -57,7 +57,7 @@ def encoder_part(saved: SavedFolder) -> Part:
         what = f"`{hub_id or Path(name).name}`" if name else f"of type `{saved.vision_config.model_type}`"
         in_layout = f"file `{file}`, its tensors named as in the layout `{saved.encoder_origin.get('layout')}`"
         return Part("encoder", what, _hub_link(hub_id) or (in_layout if file else UNKNOWN), hub_id=hub_id)
-    record = origin_of(name) or {}
+    record = origin_of(entry.name) or {}
     link = f"[{record['title']}]({record['origin']})" if record else UNKNOWN
     if entry.weights is not None and saved.encoder_weights != "published":
         origin = f"architecture of {link}; weights {saved.encoder_weights}"

@@ -1,7 +1,12 @@
 """Chat templates: the paper's Vicuna v1.5 format, and a prefix that lets a text-only template take pictures."""
 
+from collections.abc import Callable
+
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
+
+render_conversations: Callable[..., tuple[list[str], list]] = render_jinja_template  # type: ignore[assignment]
+"""Transformers' own, annotated as what it is: conversations -> their texts, and the characters of generation marks."""
 
 VICUNA_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -114,7 +119,7 @@ def with_images(template: str, **variables: str) -> str:
     """
     for candidate in (template, _CONTENT_LISTS_TO_STRINGS + template):
         try:
-            (text,), _ = render_jinja_template([_PROBE], chat_template=candidate, **variables)
+            (text,), _ = render_conversations([_PROBE], chat_template=candidate, **variables)
         except (TypeError, jinja2.TemplateError):  # adding a list to a string, or a message of the template's own
             continue
         if text.count(variables["image_token"]) == 1 and "probe" in text:

@@ -10,10 +10,11 @@ published a warning tells what was assumed; both fields can be corrected in the 
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration.configuration_mambavision import MambaVisionConfig
@@ -78,6 +79,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], MambaV
             widths[0],
             heads,
         )
+    labels: dict[str, Any] = {"num_labels": shape("head.weight")[0]} if has_head else {}
     config = MambaVisionConfig(
         num_channels=shape("patch_embed.conv_down.0.weight")[1],
         stem_width=shape("patch_embed.conv_down.0.weight")[0],
@@ -92,7 +94,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], MambaV
         layer_scale=1e-5 if "levels.2.blocks.0.gamma_1" in reference else None,
         conv_layer_scale=1e-5 if "levels.0.blocks.0.gamma" in reference else None,
         final_norm="norm.weight" in reference,
-        **({"num_labels": shape("head.weight")[0]} if has_head else {}),
+        **labels,
     )
     if has_head:
         return MambaVisionForImageClassification, config
@@ -100,7 +102,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], MambaV
     return MambaVisionBackbone, config
 
 
-def _convert(tensors: Mapping[str, Tensor], config: MambaVisionConfig) -> StateDict:
+def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDict:
     """Ours of each tensor; a whole classifier keeps its trunk under `model.`."""
     reference = _reference_names(tensors)
     trunk = "model." if "head.weight" in reference else ""

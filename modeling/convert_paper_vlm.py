@@ -252,7 +252,7 @@ def _settings(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _entry(table: Mapping[str, Any], settings: Mapping[str, Any], key: str, source: Path) -> Any:
     value = settings.get(key)
-    if value not in table:
+    if not isinstance(value, str) or value not in table:
         raise ValueError(
             f"{CONFIG} in {str(source)!r} has {key} {value!r}, which is not known: known are {', '.join(table)}."
         )
@@ -284,6 +284,7 @@ def _load_encoder(encoder: NamedEncoder, source: str | PathLike | None) -> PreTr
         try:
             return load_encoder(encoder.name)
         except OSError as error:
+            assert encoder.weights is not None  # the paper trained no encoder of its own
             file = encoder.weights.url or f"https://huggingface.co/{encoder.weights.hub_id}"
             raise OSError(
                 f"The weights of {encoder.name!r}, which no release of the paper holds, are not to be had: download "

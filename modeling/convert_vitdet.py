@@ -79,7 +79,7 @@ def _infer(state_dict: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], Vit
         )
     head_dim = net["blocks.0.attn.rel_pos_h"].shape[1]
     height_width = [patch * whole[0], patch * whole[1]]
-    config = VitDetConfig(
+    config = VitDetConfig(  # type: ignore[call-arg]  # takes out_features by keyword
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=width // head_dim,

@@ -123,7 +123,8 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], SSMVis
         "output_norm": "parameter_free",
     }
     if "classifier.head.weight" in reference:
-        return SSMVisionForImageClassification, SSMVisionConfig(**fields, num_labels=shape("classifier.head.weight")[0])
+        fields["num_labels"] = shape("classifier.head.weight")[0]
+        return SSMVisionForImageClassification, SSMVisionConfig(**fields)
     normed = sorted({f"stage{int(m[1]) + 1}" for key in reference if (m := re.match(r"outnorm(\d)\.", key))})
     if normed:
         fields |= {"output_norm": "layernorm", "out_features": normed}

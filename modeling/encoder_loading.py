@@ -27,12 +27,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..configuration.configuration_tapped_timm import TappedTimmConfig
 from ..configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
 from ..configuration.taps import tapped_config, vision_part
 from ..configuration.timm_stages import tapped_timm_config
 from .checkpoint_files import FILES_OF_A_REPOSITORY, read_state_dict, shards_of
 from .checkpoint_layout import StateDict
 from .checkpoint_report import check_fit, check_same_architecture, report_misfit
+from .modeling_tapped_timm import TappedTimmBackbone
 from .published_weights import PublishedWeights, on_meta, read_published
 from .timm_backbones import load_timm_encoder, names_in_whole
 
@@ -294,7 +296,7 @@ def _load_saved(source: str, tap: str | None = None) -> PreTrainedModel:
     if tap is None and _is_tapped(config):
         return read_transformers(source)
     tapped = tapped_config(config, tap)  # a model that cannot be tapped is told before its weights are read
-    if config.model_type == "timm_wrapper":
+    if config.model_type == "timm_wrapper" and isinstance(tapped, TappedTimmConfig):
         return load_timm_encoder(
             source if Path(source).is_dir() else hf_hub_download(source, "model.safetensors"), tapped
         )
@@ -371,7 +373,7 @@ def _tensors_of(
     prefix = model_class.base_model_prefix
     picked: dict[str, Any] = {}
     neutral, missing, misshaped = [], [], []
-    timm_names = names_in_whole(tapped) if tapped.config.model_type == "tapped_timm" else {}
+    timm_names = names_in_whole(tapped) if isinstance(tapped, TappedTimmBackbone) else {}
     for key, own in tapped.state_dict().items():
         source = timm_names.get(key) or _name_in_whole(key, tapped)
         found = tensors.get(source, tensors.get(f"{prefix}.{source}"))

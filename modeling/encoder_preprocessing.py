@@ -3,8 +3,8 @@
 from os import PathLike
 from typing import Any
 
+from PIL.Image import Resampling
 from transformers import AutoImageProcessor, PreTrainedConfig
-from transformers.image_utils import PILImageResampling
 
 from ..configuration.named_encoders import ENCODERS, get_named_encoder
 from ..configuration.timm_stages import timm_picture_size
@@ -21,7 +21,7 @@ def image_processor_arguments(name: str) -> dict[str, Any]:
         "size": {"height": preprocessing.height, "width": preprocessing.width},
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),
-        "resample": PILImageResampling[preprocessing.interpolation.upper()],
+        "resample": Resampling[preprocessing.interpolation.upper()],
         "downsampling": encoder_downsampling(encoder.config()),
     }
 
@@ -87,7 +87,7 @@ def _arguments_of_timm(data: dict[str, Any]) -> dict[str, Any]:
         "size": {"height": height, "width": width},
         "image_mean": list(data["mean"]),
         "image_std": list(data["std"]),
-        "resample": PILImageResampling[data["interpolation"].upper()],
+        "resample": Resampling[data["interpolation"].upper()],
     }
 
 
@@ -111,7 +111,7 @@ def _arguments_of_stock(stock: dict[str, Any], where: str) -> dict[str, Any]:
         "size": {"height": height, "width": width},
         "image_mean": list(stock["image_mean"]) if normalised else [0.0, 0.0, 0.0],
         "image_std": list(stock["image_std"]) if normalised else [1.0, 1.0, 1.0],
-        "resample": stock.get("resample", PILImageResampling.BICUBIC),
+        "resample": stock.get("resample", Resampling.BICUBIC),
     }
 
 

@@ -8,10 +8,12 @@ resize strategies (letterbox, letterbox-square-N, detection, classification, res
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
+_Fit = tuple[int, int, float, float, float, float]  # canvas height and width, then scale and offset, y before x
 _STRIP_PIXELS = 2**24
 _OUTSIDE_TOLERANCE = 1.0  # raw pixels; published boxes are rounded and stick out by up to one pixel
 
@@ -175,7 +177,7 @@ def _paint_by_cropping(geometry: Geometry, image: Image.Image, fill: tuple, resa
     return image.resize((geometry.canvas_width, geometry.canvas_height), resample, box=window)
 
 
-def _letterbox(height: int, width: int, canvas_height: int, canvas_width: int, **_) -> tuple:
+def _letterbox(height: int, width: int, canvas_height: int, canvas_width: int, **_) -> _Fit:
     # Like LLaVA's own padding, the odd pixel goes to the right and bottom, so the offset is half a raw pixel off the
     # centre there; the numbers here are where the pixels really are.
     if canvas_height != canvas_width:
@@ -188,7 +190,7 @@ def _letterbox(height: int, width: int, canvas_height: int, canvas_width: int, *
 
 def _letterbox_corner(
     height: int, width: int, canvas_height: int, canvas_width: int, size_divisor: int | None = None, **_
-) -> tuple:
+) -> _Fit:
     if size_divisor is None:
         scale = min(1.0, canvas_height / height, canvas_width / width)
     else:  # detectors bound the longer and the shorter side, whichever way round the picture is
@@ -203,7 +205,7 @@ def _letterbox_corner(
 
 def _resize_crop(
     height: int, width: int, canvas_height: int, canvas_width: int, crop_pct: float | None = None, **_
-) -> tuple:
+) -> _Fit:
     crop_pct = crop_pct or 1.0
     cover_height, cover_width = round(canvas_height / crop_pct), round(canvas_width / crop_pct)
     # the side that needs the larger scale fits exactly, the other is rounded down (as torchvision's Resize does)
@@ -216,13 +218,13 @@ def _resize_crop(
     return canvas_height, canvas_width, content_height / height, content_width / width, -float(top), -float(left)
 
 
-def _resize(height: int, width: int, canvas_height: int, canvas_width: int, **_) -> tuple:
+def _resize(height: int, width: int, canvas_height: int, canvas_width: int, **_) -> _Fit:
     return canvas_height, canvas_width, canvas_height / height, canvas_width / width, 0.0, 0.0
 
 
 @dataclass(frozen=True)
 class _Kind:
-    fit: Callable[..., tuple]  # raw and canvas size -> the six last numbers of a Geometry
+    fit: Callable[..., _Fit]  # raw and canvas size -> what a Geometry has beside them
     paint: Callable[[Geometry, Image.Image, tuple, int], Image.Image]
     options: frozenset[str] = frozenset()  # what it reads beside the size
 
@@ -289,9 +291,10 @@ def make_geometry(
     """
     kind = _kind(name)
     side = square_side(name)
-    height, width = (size, size) if isinstance(size, int) else size or (side, side)
-    if height is None:
+    size = side if size is None else size
+    if size is None:
         raise ValueError(f"The geometry {name!r} needs a size: the canvas (height, width) in pixels.")
+    height, width = (size, size) if isinstance(size, int) else size
     if side and (height, width) != (side, side):
         raise ValueError(f"The geometry {name!r} is {side} x {side} by name, got size {height} x {width}.")
     if min(height, width, raw_height, raw_width) < 1:
@@ -299,7 +302,7 @@ def make_geometry(
             f"A picture of {raw_height} x {raw_width} on a canvas of {height} x {width} pixels is not possible: every "
             "side must be at least 1."
         )
-    options = {"size_divisor": size_divisor, "crop_pct": crop_pct}
+    options: dict[str, Any] = {"size_divisor": size_divisor, "crop_pct": crop_pct}
     for option, value in options.items():
         if value is None:
             continue

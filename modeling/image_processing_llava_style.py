@@ -194,6 +194,9 @@ class LlavaStyleImageProcessor(PilBackend):
     `LlavaForConditionalGeneration` would take for Pixtral's; all canvases must then be of one size.
     """
 
+    size: Any  # a SizeDict with height and width
+    size_divisor: int | None
+    crop_pct: float | None
     valid_kwargs = LlavaStyleImagesKwargs
     model_input_names = ["pixel_values", "image_sizes"]
 
@@ -208,10 +211,12 @@ class LlavaStyleImageProcessor(PilBackend):
     return_image_sizes = True
 
     def __init__(self, **kwargs: Unpack[LlavaStyleImagesKwargs]):
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[misc]  # annotated with the common arguments only
         self.get_geometry(1, 1)  # a bad combination is told here, not at the first picture
 
-    def _standardize_kwargs(self, geometry: str = "letterbox", size: Any = None, **kwargs: Any) -> dict:
+    def _standardize_kwargs(  # type: ignore[override]  # called by keyword, with the fields of `valid_kwargs`
+        self, geometry: str = "letterbox", size: Any = None, **kwargs: Any
+    ) -> dict:
         kwargs = super()._standardize_kwargs(size=size or square_side(geometry) or 224, **kwargs)
         if not (kwargs["size"].height and kwargs["size"].width):
             raise ValueError(f"size must be an int or have a height and a width, got {dict(kwargs['size'])}.")
@@ -239,7 +244,7 @@ class LlavaStyleImageProcessor(PilBackend):
         """Pictures of any kind and nesting -> a flat list of upright RGB pictures."""
         return [load_image(image) for image in _flatten(images)]
 
-    def _preprocess_image_like_inputs(
+    def _preprocess_image_like_inputs(  # type: ignore[override]  # as `_standardize_kwargs`
         self,
         images: Any,
         *,
@@ -263,20 +268,19 @@ class LlavaStyleImageProcessor(PilBackend):
         pictures = [load_image(image, input_data_format) for image in _flatten(images)]
         if not pictures:
             raise ValueError("No picture was given: expected at least one.")
-        options = {"size_divisor": size_divisor, "crop_pct": crop_pct}
+        canvas_size = (size.height, size.width)
         geometries = [
-            make_geometry(geometry, picture.height, picture.width, (size.height, size.width), **options)
-            for picture in pictures
+            make_geometry(geometry, p.height, p.width, canvas_size, size_divisor=size_divisor, crop_pct=crop_pct)
+            for p in pictures
         ]
-        fill = tuple(fill) if fill is not None else tuple(int(255 * mean) for mean in np.broadcast_to(image_mean, 3))
+        red, green, blue = [int(255 * mean) for mean in np.broadcast_to(image_mean, 3)] if fill is None else fill
         image_sizes = np.array([(g.canvas_height, g.canvas_width) for g in geometries], dtype=np.int64)
         # (x * rescale_factor - mean) / std as one product and one sum
-        mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
-        mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        mean, std = (np.asarray(x, np.float32) for x in ((image_mean, image_std) if do_normalize else (0.0, 1.0)))
         scale, shift = np.float32(rescale_factor if do_rescale else 1.0) / std, mean / std
         pixel_values = np.zeros((len(pictures), 3, *image_sizes.max(axis=0)), dtype=np.float32)  # [n, 3, H, W]
         for row, picture, placed in zip(pixel_values, pictures, geometries, strict=True):
-            canvas = np.asarray(placed.paint(picture, fill, resample))  # [h, w, 3]
+            canvas = np.asarray(placed.paint(picture, (red, green, blue), resample))  # [h, w, 3]
             row[:, : placed.canvas_height, : placed.canvas_width] = (canvas * scale - shift).transpose(2, 0, 1)
         features: dict[str, Any] = {"pixel_values": pixel_values}
         if return_image_sizes:

@@ -150,7 +150,7 @@ def refresh_card(saved_class: type[BaseImageProcessor | ProcessorMixin]) -> None
             leave_card(save_directory)
         return saved
 
-    saved_class.save_pretrained = save_pretrained
+    saved_class.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def marked(card: ModelCard) -> str:

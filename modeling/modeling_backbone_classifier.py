@@ -1,5 +1,6 @@
 """Image classifier on the tap of any encoder, so that a study can pretrain and score all of them alike."""
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -16,7 +17,7 @@ class BackboneForImageClassification(PreTrainedModel):
 
     config: BackboneClassifierConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over pictures, so the Trainer has to scale it
     _supports_sdpa = True
@@ -24,10 +25,12 @@ class BackboneForImageClassification(PreTrainedModel):
 
     def __init__(self, config: BackboneClassifierConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
-        width = self.backbone.channels[-1]
+        if backbone is None:
+            backbone = build_backbone(config.backbone_config)  # type: ignore[arg-type]  # a config once it is made
+        self.backbone = backbone
+        width: int = backbone.channels[-1]  # type: ignore[index, assignment]  # BackboneMixin
         self.norm = nn.LayerNorm(width)
-        self.classifier = nn.Linear(width, config.num_labels)
+        self.classifier = nn.Linear(width, config.num_labels)  # type: ignore[arg-type]  # None before init only
         self.post_init()
 
     @can_return_tuple
@@ -43,7 +46,7 @@ class BackboneForImageClassification(PreTrainedModel):
         logits = self.classifier(POOLINGS[self.config.pooling](tokens))
         loss = None
         if labels is not None:
-            groups = logits.float().split(self.config.label_groups or [self.config.num_labels], dim=1)
+            groups = logits.float().split(self.config.label_groups or [logits.shape[1]], dim=1)
             targets = labels.view(len(labels), len(groups)).unbind(1)
-            loss = sum(map(nn.functional.cross_entropy, groups, targets))
+            loss = torch.stack([*map(nn.functional.cross_entropy, groups, targets)]).sum()
         return ImageClassifierOutput(loss=loss, logits=logits)

@@ -52,7 +52,7 @@ class HiddenStateBackbone(BackboneMixin, PreTrainedModel):
     config: HiddenStateBackboneConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -134,7 +134,7 @@ class HiddenStateBackbone(BackboneMixin, PreTrainedModel):
             else [outputs.hidden_states[self.stage_names.index(name)] for name in self.out_features]
         )
         return BackboneOutput(
-            feature_maps=tuple(self._fold(tokens, grid) for tokens in taps),
+            feature_maps=tuple(self._fold(tokens, grid) for tokens in taps),  # type: ignore[arg-type]  # of any length
             hidden_states=outputs.hidden_states if output_hidden_states else None,
             attentions=outputs.get("attentions"),
         )

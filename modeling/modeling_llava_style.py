@@ -40,7 +40,7 @@ TAP_NORMS = {"none": lambda features: features, "layernorm": parameter_free_laye
 
 class LlavaStylePreTrainedModel(PreTrainedModel):
     config: LlavaStyleConfig
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -76,7 +76,9 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.vision_tower = build_backbone(config.vision_config) if vision_tower is None else vision_tower
+        if vision_tower is None:
+            vision_tower = build_backbone(config.vision_config)  # type: ignore[arg-type]  # a config once it is made
+        self.vision_tower = vision_tower
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         accepted = inspect.signature(language_model.forward).parameters
@@ -86,10 +88,11 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
                     f"{type(language_model).__name__} takes no {needed} and cannot be the language model here: choose "
                     "a decoder-only transformer such as Llama, Qwen2 or Mistral."
                 )
-        text_width = language_model.get_input_embeddings().embedding_dim
+        tap_width: int = vision_tower.channels[-1]  # type: ignore[index, assignment]  # BackboneMixin
+        text_width: int = language_model.get_input_embeddings().embedding_dim  # type: ignore[assignment]
         self.connector = Connector(
             config.connector,
-            self.vision_tower.channels[-1],
+            tap_width,
             text_width,
             config.connector_seed,
             connector_grid=config.connector_grid,
@@ -139,13 +142,13 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         Returns:
             n tensors [N_i, C], rows of the grid one after the other.
         """
-        features: list[torch.Tensor | None] = [None] * len(pixel_values)
+        features: dict[int, torch.Tensor] = {}
         for (height, width), indices in group_by_size(pixel_values, image_sizes).items():
             whole = len(indices) == len(pixel_values) and (height, width) == tuple(pixel_values.shape[-2:])
             pixels = pixel_values if whole else pixel_values[indices, :, :height, :width]
             for index, tokens in zip(indices, self._run_tower(pixels), strict=True):
                 features[index] = tokens
-        return features
+        return [features[index] for index in range(len(pixel_values))]
 
     def _tap_features(self, pixel_values, image_sizes, image_features) -> list[torch.Tensor]:
         """Tap features from pixels or from the cache, one of which must be given."""
@@ -171,7 +174,8 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         sizes = [pixel_values.shape[-2:]] * count if image_sizes is None else image_sizes.tolist()
         if len(sizes) != count:
             raise ValueError(f"image_sizes has {len(sizes)} rows for {count} image(s): give each image's canvas size.")
-        return [grid_size(*size, encoder_downsampling(self.config.vision_config)) for size in sizes]
+        downsampling = encoder_downsampling(self.config.vision_config)
+        return [grid_size(height, width, downsampling) for height, width in sizes]
 
     def project(
         self, tap_features: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]] | None = None
@@ -189,7 +193,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
                     f"Image {index} has {length} features at the tap, but its size in image_sizes makes a grid of "
                     f"{grid[0]}x{grid[1]}: give the sizes of the canvases that the features were made of."
                 )
-        weight = self.connector.layers[0].weight
+        weight: torch.Tensor = self.connector.layers[0].weight  # type: ignore[assignment]
         tokens = torch.cat([features.to(weight.device) for features in tap_features])  # [sum N_i, C]
         tokens = TAP_NORMS[self.config.tap_norm](tokens)
         encode = TOKEN_POSITIONS[self.config.token_positions]
@@ -220,7 +224,8 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         """
         tap_features = self._tap_features(pixel_values, image_sizes, image_features)
         grids = self._grids(pixel_values, image_sizes, len(tap_features))
-        return BaseModelOutputWithPooling(pooler_output=self.project(tap_features, grids))
+        features = self.project(tap_features, grids)
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]  # a list, as stock VLMs'
 
     def _features_and_zero(
         self,
@@ -249,7 +254,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         if grids is not None:  # dummies count zero times, wherever they lie
             grids += [(1, len(features)) for features in tap_features[images:]]
         projected = self.project(tap_features, grids)  # one call of the connector, as on every other rank
-        zero = sum(features[:0].sum() for features in projected[images:]) if len(projected) > images else None
+        zero = torch.cat([features[:0] for features in projected[images:]]).sum() if len(projected) > images else None
         return (projected[:images] if have_images else None), zero
 
     def embed_inputs(
@@ -270,13 +275,16 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
             raise ValueError("Give images once: pixel_values, image_features or mm_encoder_outputs.")
         features, zero = self._features_and_zero(pixel_values, image_sizes, image_features)
         if encoded is not None:
-            features = list(encoded.pooler_output)
+            features = list(encoded.pooler_output)  # type: ignore[arg-type]  # as above
 
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         image_token = self.config.image_token_id
+        text_ids: torch.Tensor | None = input_ids
         mask = None
         if input_ids is not None and image_token is not None and (features is not None or past_length == 0):
             mask = input_ids == image_token  # [B, L]
+            # the image token may lie outside the vocabulary; what stands there now is written over below
+            text_ids = input_ids.masked_fill(mask, 0)
         if features is not None and mask is None:
             raise ValueError("Images need input_ids with image tokens, and config.image_token_id to know them by.")
         if mask is not None:
@@ -286,19 +294,18 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
             check_image_tokens([sum(tokens_per_row)] if encoded is not None else tokens_per_row, tokens_per_image)
 
         if inputs_embeds is None:
-            # the image token may lie outside the vocabulary; what stands there now is written over below
-            text_ids = input_ids if mask is None else input_ids.masked_fill(mask, 0)
             inputs_embeds = self.get_input_embeddings()(text_ids)  # [B, L, D]
         self._warn_if_too_long(past_length + inputs_embeds.shape[1])
         if zero is not None:
             inputs_embeds = inputs_embeds + zero.to(inputs_embeds.device, inputs_embeds.dtype)
-        if features is None:
+        if features is None or mask is None:
             return inputs_embeds, None
         flat = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)  # [sum N_i, D]
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), flat), flat
 
     def _warn_if_too_long(self, length: int) -> None:
-        limit = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        text_config = self.config.text_config.get_text_config()  # type: ignore[union-attr]  # as in `__init__`
+        limit = getattr(text_config, "max_position_embeddings", None)
         if limit is not None and length > limit and not self._said_too_long:
             self._said_too_long = True
             logger.warning(
@@ -382,7 +389,7 @@ class LlavaStyleForConditionalGeneration(LlavaStyleModel, GenerationMixin):
         )
         for part in (vision_backbone, language_model):
             for module in part.modules():
-                module._is_hf_initialized = True
+                module._is_hf_initialized = True  # type: ignore[assignment]
         model = cls(config, vision_backbone, language_model)
         model.connector.to(language_model.device, language_model.dtype)
         if language_model.can_generate():
@@ -407,7 +414,7 @@ class LlavaStyleForConditionalGeneration(LlavaStyleModel, GenerationMixin):
                 image_features=image_features, image_sizes=kwargs.pop("image_sizes", None)
             )
             kwargs["mm_encoder_outputs"] = {"image": encoded}
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # its `self` is annotated with another class
 
     @can_return_tuple
     def forward(

@@ -254,7 +254,7 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
     config: MambaVisionConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["MambaVisionConvBlock", "MambaVisionBlock"]
     _supports_sdpa = True
@@ -273,8 +273,8 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = (module.in_channels // module.groups * math.prod(module.kernel_size)) ** -0.5
                 init.uniform_(module.bias, -bound, bound)
-        elif hasattr(module, "init_parameters"):
-            module.init_parameters(self.config)
+        elif (init_parameters := getattr(module, "init_parameters", None)) is not None:
+            init_parameters(self.config)
 
 
 class MambaVisionTrunk(MambaVisionPreTrainedModel):
@@ -362,7 +362,8 @@ class MambaVisionBackbone(BackboneMixin, MambaVisionTrunk):
         """Encode pictures [B, channels, height, width] of any size."""
         maps = self.named_maps(pixel_values)
         return BackboneOutput(
-            feature_maps=tuple(maps[name] for name in self.out_features), hidden_states=tuple(maps.values())
+            feature_maps=tuple(maps[name] for name in self.out_features),  # type: ignore[arg-type]  # of any length
+            hidden_states=tuple(maps.values()),
         )
 
 
@@ -375,7 +376,7 @@ class MambaVisionForImageClassification(MambaVisionPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = MambaVisionModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]  # None before init only
         self.post_init()
 
     @can_return_tuple

@@ -32,7 +32,7 @@ class TappedTimmBackbone(BackboneMixin, PreTrainedModel):
     config: TappedTimmConfig
     base_model_prefix = "timm_model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _no_split_modules = ["TappedTimmBackbone"]
     _supports_sdpa = True  # timm calls it by itself
 
@@ -54,8 +54,9 @@ class TappedTimmBackbone(BackboneMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """timm has filled its own parameters; what no file holds is filled here, after a model without memory."""
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        fill = getattr(module, "init_non_persistent_buffers", None)
+        if fill is not None:
+            fill()
 
     def _check_canvas(self, height: int, width: int) -> None:
         config = self.config
@@ -93,7 +94,8 @@ class TappedTimmBackbone(BackboneMixin, PreTrainedModel):
         )
 
 
-def _create(config: TappedTimmConfig) -> nn.Module:
+def _create(config: TappedTimmConfig) -> Any:
+    """timm's model, an `nn.Module`."""
     if is_timm_available():  # so guarded, saved code is loaded where timm is absent
         import timm
         from timm.models._features import FeatureGetterNet

@@ -10,6 +10,7 @@ cut to the cells that hold picture. The reference takes multiples of 32 only, fo
 
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -309,7 +310,7 @@ class VitAdapterPreTrainedModel(PreTrainedModel):
     config: VitAdapterConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["VitAdapterBlock", "VitAdapterInjector", "VitAdapterExtractor"]
     # A tower must accept every implementation that the language model beside it is asked to use.
@@ -334,9 +335,10 @@ class VitAdapterPreTrainedModel(PreTrainedModel):
             module.init_parameters()
         elif isinstance(module, VitAdapterInjector):
             init.constant_(module.scale, self.config.injector_init_value)
-        elif isinstance(module, VitAdapterBlock) and self.config.layer_scale:
-            init.ones_(module.scale1)
-            init.ones_(module.scale2)
+        elif isinstance(module, VitAdapterBlock):
+            for scale in (module.scale1, module.scale2):
+                if scale is not None:
+                    init.ones_(scale)
         elif isinstance(module, VitAdapterTrunk):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
             init.normal_(module.level_embeddings)
@@ -411,7 +413,7 @@ class VitAdapterTrunk(VitAdapterPreTrainedModel):
         here, everywhere = cell_centres([grids["stage3"]], x.device), cell_centres(grids.values(), x.device)
         group = len(self.blocks) // len(self.interactions)
         tokens, kept = [], list(grids)
-        for index, interaction in enumerate(self.interactions):
+        for index, interaction in enumerate(cast(Iterable[VitAdapterInteraction], self.interactions)):
             x = interaction.injector(x, pyramid, here, list(grids.values()))
             for block in self.blocks[index * group : (index + 1) * group]:
                 x = block(x, grids["stage3"])
@@ -497,7 +499,10 @@ class VitAdapterBackbone(BackboneMixin, VitAdapterTrunk):
     def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
         """Encode pictures [B, channels, height, width] of any size."""
         levels, tokens = self.pyramid_and_tokens(pixel_values)
-        return BackboneOutput(feature_maps=tuple(levels[name] for name in self.out_features), hidden_states=tokens)
+        return BackboneOutput(
+            feature_maps=tuple(levels[name] for name in self.out_features),  # type: ignore[arg-type]  # of any length
+            hidden_states=tokens,
+        )
 
 
 __all__ = ["VitAdapterBackbone", "VitAdapterModel", "VitAdapterPreTrainedModel"]

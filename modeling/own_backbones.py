@@ -9,7 +9,7 @@ from .modeling_tapped_timm import TappedTimmBackbone
 from .modeling_vit_adapter import VitAdapterBackbone
 
 OWN_BACKBONES: dict[str, type[PreTrainedModel]] = {
-    backbone.config_class.model_type: backbone
+    backbone.config_class.model_type: backbone  # type: ignore[union-attr]  # Transformers sets it from `config`
     for backbone in (
         HiddenStateBackbone,
         MambaVisionBackbone,

@@ -41,7 +41,8 @@ class LlavaStyleProcessor(ProcessorMixin):
     @property
     def default_template(self) -> str:
         """Jinja source of the template that is used where none is asked for by name."""
-        return self.chat_template["default"] if isinstance(self.chat_template, dict) else self.chat_template
+        template = self.chat_template
+        return template["default"] if isinstance(template, dict) else template  # type: ignore[return-value]  # not None
 
     @property
     def template_variables(self) -> dict[str, str]:

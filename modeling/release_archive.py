@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 CONFIG = "config.json"
 CHECKPOINT = "checkpoints/latest-checkpoint.pt"
@@ -34,7 +35,7 @@ def read_config(source: Path) -> bytes:
         if not (source / CONFIG).is_file() or not (source / CHECKPOINT).is_file():
             raise FileNotFoundError(f"The folder {str(source)!r} lacks {CONFIG} or {CHECKPOINT}: {_FORM}.")
         return (source / CONFIG).read_bytes()
-    with _opened(source) as (archive, members), archive.extractfile(members[CONFIG]) as file:
+    with _opened(source) as (archive, members), _packed(archive, members[CONFIG]) as file:
         return file.read(_MOST_CONFIG_BYTES)
 
 
@@ -55,9 +56,15 @@ def unpack_checkpoint(source: Path, scratch: Path) -> Path:
                 f"the checkpoint in {str(source)!r} is unpacked there and written anew."
             )
         checkpoint = scratch / "checkpoint.pt"
-        with archive.extractfile(members[CHECKPOINT]) as packed, checkpoint.open("wb") as unpacked:
+        with _packed(archive, members[CHECKPOINT]) as packed, checkpoint.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked, 1 << 24)
     return checkpoint
+
+
+def _packed(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    file = archive.extractfile(member)
+    assert file is not None  # it is None of folders and devices only, which `_members` does not give
+    return file
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def save_with_code(saved: type[PreTrainedConfig | BaseImageProcessor | Processor
         if isinstance(self, ProcessorMixin):
             vars(self).pop("auto_map", None)  # Transformers reads a processor without it
 
-    saved.to_json_file = to_json_file_with_code
+    saved.to_json_file = to_json_file_with_code  # type: ignore[method-assign]
 
 
 __all__ = ["flat_files", "flat_name", "save_with_code"]

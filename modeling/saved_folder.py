@@ -27,7 +27,7 @@ _STRING_KEYS = {
     "origin": ("encoder", "source", "sha256", "layout", "language_model"),
     "recipe": ("vision_encoder", "language_model", "data_path", "train_folder", "val_folder", "vision_weights_dir"),
 }
-_RUN_KEYS = {
+_RUN_KEYS: dict[str, tuple[Any, str]] = {
     "encoder_origin": (Mapping, "an object"),
     "local": (list, "a list"),
     "seconds": ((int, float), "a number"),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import transformers
 from transformers.models.auto import modeling_auto
 
+from .configuration.configuration_llava_style import LlavaStyleConfig
 from .modeling.modeling_llava_style import LlavaStyleForConditionalGeneration
 
 _MODEL_CLASS = LlavaStyleForConditionalGeneration.__name__
@@ -13,7 +14,7 @@ _MODEL_CLASS = LlavaStyleForConditionalGeneration.__name__
 def _make_known() -> None:
     """The server looks a model's class up in the package `transformers` and its kind in a table of class names."""
     setattr(transformers, _MODEL_CLASS, LlavaStyleForConditionalGeneration)
-    model_type = LlavaStyleForConditionalGeneration.config_class.model_type
+    model_type = LlavaStyleConfig.model_type
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type] = _MODEL_CLASS
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import jinja2
 import torch
-from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..modeling.chat_templates import render_conversations
 
 IGNORE_INDEX = -100  # what Transformers' losses skip
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -94,7 +95,7 @@ def _named_images(messages: list[dict[str, Any]]) -> list[Any]:
 def _render_with_spans(processor: Any, messages: list[dict[str, Any]], where: str) -> tuple[str, list[Span]]:
     """The rendered conversation, and the characters of it that the assistant says."""
     template = processor.default_template
-    render = partial(render_jinja_template, chat_template=template, **processor.template_variables)
+    render = partial(render_conversations, chat_template=template, **processor.template_variables)
     if _GENERATION_MARK.search(template):
         (text,), (spans,) = render([messages], return_assistant_tokens_mask=True)
         return text, spans

@@ -57,7 +57,7 @@ def choose_backend(
             raise RuntimeError(f"{op}: backend {name} cannot run here ({reason}): {obstacle}.")
         log_once(op, name, reason)
         return backends[name]
-    passed_over = []
+    passed_over: list[str] = []
     for name, backend in backends.items():
         obstacle = backend.why_not(*tensors, asked_for=False)
         if obstacle is None:

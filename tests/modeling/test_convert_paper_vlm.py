@@ -542,6 +542,10 @@ WRONG = {
         settings(vision_backbone_id="clip-vit-l"),
         "vision_backbone_id 'clip-vit-l', which is not known: .*vitdet",
     ),
+    "encoder is a list": (
+        settings(vision_backbone_id=["vmamba"]),
+        r"vision_backbone_id \['vmamba'\], which is not known",
+    ),
     "unknown connector": (
         settings(arch_specifier="qformer"),
         "arch_specifier 'qformer', which is not known: .*gelu-mlp",

@@ -345,9 +345,9 @@ def test_marked_templates_are_rendered_and_tokenized_once(monkeypatch):
     """This runs for every sample of every epoch: about half a millisecond for six turns."""
     processor = make_processor()
     calls = []
-    render = labels_module.render_jinja_template
+    render = labels_module.render_conversations
     monkeypatch.setattr(
-        labels_module, "render_jinja_template", lambda *a, **k: calls.append("render") or render(*a, **k)
+        labels_module, "render_conversations", lambda *a, **k: calls.append("render") or render(*a, **k)
     )
     tokenizer = processor.tokenizer
 
