@@ -15,6 +15,7 @@ from transformers import initialization as init
 
 from ..configuration.configuration_ssm_vision import SSMVisionConfig
 from .ops.selective_scan_2d import selective_scan_2d
+from .strips import in_strips
 
 
 class ChannelsLastConv2d(nn.Conv2d):
@@ -67,8 +68,11 @@ class SelectiveScan2dMixer(nn.Module):
         projected = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (4, -1))  # [B, H, W, 4, R + 2N]
         dt_low_rank, b, c = projected.split([self.rank, self.states, self.states], dim=-1)
         x = selective_scan_2d(x, dt_low_rank, b, c, self.dt_weight, self.dt_bias, self.a_log, self.d)
+        return in_strips(self._output, *((x, gate) if self.gated else (x,)))
+
+    def _output(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         x = self.out_norm(x)
-        if self.gated:
+        if gate is not None:
             x = x * F.silu(gate)
         return self.out_proj(x)
 

@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_ssm_vision import SSMVisionConfig
 from .drop_path import DropPath
 from .mixers import MIXERS, ChannelsLastConv2d
+from .strips import in_strips
 
 
 class SSMVisionStemConv4(nn.Module):
@@ -123,9 +124,14 @@ class SSMVisionBlock(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.mixer(self.norm1(x)))
-        if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+        if self.mlp is None:
+            return x
+        if self.training:  # drop_path draws once for each picture
+            return self._with_mlp(x)
+        return in_strips(self._with_mlp, x)
+
+    def _with_mlp(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class SSMVisionStage(nn.Module):

@@ -1,0 +1,38 @@
+"""Work on each position of a large map, strip by strip: what lies between input and result stays in the cache."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+STRIP = 1024
+"""Positions. Measured for MLPs of 96 to 384 channels: shorter strips read the weights too often, and from 2048 on the
+hidden values of wide ones leave the cache."""
+
+MIN_STRIPS = 4
+"""Smaller maps gain nothing."""
+
+
+def in_strips(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """`function(*maps)`, strip by strip on CPUs where no gradient is recorded.
+
+    An MLP over a map of 256x256x96 takes half the time, and its hidden map 1.5 MB instead of 100.
+
+    Args:
+        function: maps [..., C] to [..., C'], each position alone and nothing at random.
+        maps: [B, H, W, C], equal but for C.
+    """
+    first = maps[0]
+    if (
+        torch.is_grad_enabled()
+        or first.device.type != "cpu"
+        or torch.compiler.is_compiling()  # the number of strips would tie the program to one size of map
+        or torch.jit.is_tracing()
+        or first.shape[:-1].numel() < MIN_STRIPS * STRIP
+    ):
+        return function(*maps)
+    strips = zip(*(values.flatten(0, -2).split(STRIP) for values in maps), strict=True)
+    return torch.cat([function(*strip) for strip in strips]).unflatten(0, first.shape[:-1])
+
+
+__all__ = ["in_strips"]

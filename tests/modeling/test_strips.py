@@ -1,0 +1,82 @@
+"""Strips of a map give what the whole map gives, and only where nobody needs the whole."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssm_vlm import SSMVisionBackbone, SSMVisionConfig
+from ssm_vlm.modeling import strips
+from ssm_vlm.modeling.strips import in_strips
+
+STRIP = 5
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(strips, "STRIP", STRIP)
+
+
+class Doubled:
+    """Notes how many positions come at a time."""
+
+    def __init__(self):
+        self.seen: list[int] = []
+
+    def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
+        self.seen.append(x.shape[:-1].numel())
+        return torch.cat([x, gate[..., :1] * x], dim=-1)
+
+
+def maps(*shape: int) -> tuple[Tensor, Tensor]:
+    both = torch.randn(*shape, 6)  # as halves of a projection are: strided
+    return both[..., :3], both[..., 3:]
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 5), (2, 3, 7), (1, 1, 41)])
+@torch.no_grad()
+def test_strips_give_the_whole(shape):
+    function, (x, gate) = Doubled(), maps(*shape)
+    found = in_strips(function, x, gate)
+    assert max(function.seen) == STRIP and sum(function.seen) == x.shape[:-1].numel()
+    assert torch.equal(found, Doubled()(x, gate))
+
+
+def test_small_maps_and_gradients_keep_the_map_whole():
+    for shape, grad in (((1, 1, strips.MIN_STRIPS * STRIP - 1), False), ((2, 5, 8), True)):
+        function = Doubled()
+        with torch.set_grad_enabled(grad):
+            in_strips(function, *maps(*shape))
+        assert len(function.seen) == 1
+
+
+@torch.no_grad()
+def test_compiled_and_exported_programs_take_any_size():
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return in_strips(torch.relu, x)
+
+    side = torch.export.Dim("side", min=2, max=64)
+    program = torch.export.export(Module(), (torch.randn(1, 7, 7, 3),), dynamic_shapes={"x": {1: side, 2: side}})
+    traced = torch.jit.trace(Module(), torch.randn(1, 7, 7, 3), check_trace=False)
+    x = torch.randn(1, 9, 9, 3)
+    assert torch.equal(program.module()(x), x.relu()) and torch.equal(traced(x), x.relu())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_encoder_in_strips_gives_what_it_gives_whole(gated):
+    config = SSMVisionConfig(hidden_sizes=[12, 16], depths=[1, 1], gated=gated, mlp_ratio=2.0)
+    encoder, pixels = SSMVisionBackbone(config).eval(), torch.randn(2, 3, 40, 28)
+    whole = encoder(pixels).feature_maps[-1]
+    with torch.no_grad():
+        found = encoder(pixels).feature_maps[-1]
+    assert not torch.equal(found, torch.zeros_like(found))
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_stochastic_depth_still_drops_whole_pictures():
+    config = SSMVisionConfig(hidden_sizes=[8], depths=[2], mixer="identity", drop_path_rate=0.9)
+    block = SSMVisionBackbone(config).train().stages[0].blocks[1]
+    x = torch.randn(8, 6, 6, 8)
+    changed = (block(x) != x).flatten(1)
+    assert all(picture.all() or not picture.any() for picture in changed.unbind())
