@@ -58,16 +58,13 @@ and computed, and only the tap is returned. FocalNet's own stages end after thei
 BLOCK_BACKBONES = {"vitdet": "num_hidden_layers"}
 """`model_type` of a plain Backbone that calls the output of its block K "stageK" -> field that counts its blocks."""
 
-NORMED_TAPS = {
-    "swin": "parameter-free",
-    "convnext": "parameter-free",
-    "convnextv2": "parameter-free",
-    "pvt_v2": "trained",
-}
-NORMED_TAPS |= {"vit_adapter": "trained"}
-"""`model_type` of a Backbone that norms its tap -> whether published files hold that norm ("trained"). Where they do
-not, it stays at scale 1 and shift 0 and is not trained ("parameter-free"): so is VMamba's, and so is the `tap_norm` of
-the vision-language model, which changes nothing behind it."""
+CLASSIFIERS_LACK_NORM = ("swin", "convnext", "convnextv2")
+"""`model_type` of a stock Backbone that norms its tap with a norm that published classifiers do not have. Its config
+then says `output_norm="parameter_free"`, as VMamba's does: the norm stays at scale 1 and shift 0 and is never trained.
+That of a detector or segmenter, whose files hold the norm, says "layernorm"."""
+
+TRAINED_NORMS = ("pvt_v2", "vit_adapter")
+"""`model_type` of a Backbone that norms its tap with a norm that every published file holds."""
 
 UNUSABLE = {
     "hiera": "the Backbone of this Transformers version leaves out the reordering of its tokens; timm's Hiera can be "
@@ -150,13 +147,14 @@ def tap_norm(config: Any) -> str:
     Args:
         config: a Backbone config, tapped.
     """
-    if config.model_type in NORMED_TAPS:
-        return NORMED_TAPS[config.model_type]
+    if config.model_type in TRAINED_NORMS:
+        return "trained"
     at_the_end = config.out_features[-1] == config.stage_names[-1]
     if getattr(config, "apply_final_norm", False) or (at_the_end and getattr(config, "final_norm", False)):
         return "trained"
     own = {"layernorm": "trained", "parameter_free": "parameter-free"}
-    return own.get(getattr(config, "output_norm", "none"), "none")
+    unsaid = "layernorm" if config.model_type in CLASSIFIERS_LACK_NORM else "none"
+    return own.get(getattr(config, "output_norm", unsaid), "none")
 
 
 def _plain(stock: PreTrainedConfig, tap: str | None, apply_final_norm: bool = False) -> HiddenStateBackboneConfig:
@@ -181,6 +179,8 @@ def _hierarchical(config: Any, tap: str | None) -> PreTrainedConfig:
     fields: dict[str, Any] = {"out_features": [tap]}
     if config.model_type in STAGE_CUTS:
         fields |= _cut(config, max(stages.index(tap) + 1 if tap in stages else 1, 1))
+    if config.model_type in CLASSIFIERS_LACK_NORM:
+        fields["output_norm"] = getattr(config, "output_norm", "parameter_free")
     return _copy(config, **fields)
 
 
@@ -210,9 +210,10 @@ def _copy(config: Any, **changes: Any) -> Any:
 
 __all__ = [
     "BLOCK_BACKBONES",
-    "NORMED_TAPS",
+    "CLASSIFIERS_LACK_NORM",
     "PARTS",
     "STAGE_CUTS",
+    "TRAINED_NORMS",
     "UNUSABLE",
     "StageCut",
     "tap_norm",

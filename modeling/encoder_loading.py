@@ -3,9 +3,10 @@
 Step one, from a published file to a whole checkpoint, is `published_weights`. Loading is strict. Every tensor of
 the whole model is there with its shape; a tensor that is not loaded belongs to a part that the tapped model does not
 have, its head or what lies after the tap; a tensor that the whole model does not have is a tap's norm, which stays
-neutral.
+neutral and is never trained: the config says `output_norm="parameter_free"`, whoever saves and loads it again.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,11 +30,11 @@ from transformers.utils import logging
 
 from ..configuration.configuration_tapped_timm import TappedTimmConfig
 from ..configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
-from ..configuration.taps import tapped_config, vision_part
+from ..configuration.taps import CLASSIFIERS_LACK_NORM, tapped_config, vision_part
 from ..configuration.timm_stages import tapped_timm_config
 from .checkpoint_files import FILES_OF_A_REPOSITORY, read_state_dict, shards_of
 from .checkpoint_layout import StateDict
-from .checkpoint_report import check_fit, check_same_architecture, report_misfit
+from .checkpoint_report import check_fit, check_same_architecture, listed, report_misfit
 from .modeling_tapped_timm import TappedTimmBackbone
 from .published_weights import PublishedWeights, on_meta, read_published
 from .timm_backbones import load_timm_encoder, names_in_whole
@@ -42,10 +43,11 @@ _BACKBONES: Any = AutoBackbone._model_mapping
 _MODELS: Any = AutoModel._model_mapping
 """Config class -> model class, of stock and registered families; read lazily by Transformers."""
 
-_NEUTRAL_NORMS = ("hidden_states_norms.", "swin.layernorm.")
-"""Norms that Transformers' backbones put behind a tap, by the beginnings of their names. `swin.layernorm` is behind the
-last stage that a Swin has: behind another one when its later stages are cut, where it decides nothing."""
+_TAP_NORMS = "hidden_states_norms."
+"""Norms that Transformers' backbones put behind a tap, by the beginning of their names."""
 
+_IDLE_NORM = "swin.layernorm."
+"""Behind the last stage that a Swin has: behind another one when its later stages are cut. No feature map passes it."""
 
 _PART_PREFIX = r"^(?:model\.)?(?:vision_tower|vision_model|vision_encoder|backbone)\.(?:vision_model\.)?"
 """Under what names models that contain a vision model keep it (LLaVA, CLIP, AIMv2, UPerNet, ...)."""
@@ -92,8 +94,27 @@ def load_encoder(
     if pretrained:
         return _load_saved(name, tap)
     if name.startswith(_TIMM) and not path.is_dir():  # timm knows its models without the Hub
-        return AutoBackbone.from_config(tapped_timm_config(name.removeprefix(_TIMM), tap)).eval()
-    return AutoBackbone.from_config(_tapped_as_saved(saved_config(name), tap)).eval()
+        return _random(tapped_timm_config(name.removeprefix(_TIMM), tap))
+    return _random(_tapped_as_saved(saved_config(name), tap))
+
+
+def _random(config: PreTrainedConfig) -> PreTrainedModel:
+    """A Backbone with random weights."""
+    return _freeze_neutral_norms(AutoBackbone.from_config(config)).eval()
+
+
+def _freeze_neutral_norms(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A tap norm that nobody trained is not trained here either: it has no parameters, so to speak."""
+    neutral = (_TAP_NORMS, _IDLE_NORM) if _is_parameter_free(backbone.config) else (_IDLE_NORM,)
+    for name, parameter in backbone.named_parameters():
+        if name.startswith(neutral):
+            parameter.requires_grad_(False)
+    return backbone
+
+
+def _is_parameter_free(config: PreTrainedConfig) -> bool:
+    """Whether a stock Backbone has to have a norm at its tap that does nothing but norm."""
+    return config.model_type in CLASSIFIERS_LACK_NORM and getattr(config, "output_norm", None) == "parameter_free"
 
 
 def check_encoder(name_or_dir: str | PathLike, tap: str | None = None) -> None:
@@ -184,7 +205,31 @@ def _read_what_is_there(source: str | PathLike) -> tuple[PreTrainedModel, set[st
         unexpected = [key for key in unexpected if key.partition(".")[0] in own]
     report_misfit(str(source), missing=(), unexpected=unexpected, misshaped=info["mismatched_keys"])
     _check_numbers(source, model, whole=part is config)
-    return model.eval(), info["missing_keys"]
+    _check_tap_norm(source, model)
+    return _freeze_neutral_norms(model).eval(), info["missing_keys"]
+
+
+def _check_tap_norm(source: str | PathLike, model: PreTrainedModel) -> None:
+    """Holds the norms behind the taps of a Backbone to its config, which says "layernorm" where it said nothing.
+
+    Raises:
+        ValueError: the config says that they have no parameters, but somebody trained them.
+    """
+    norms = {name: norm for name, norm in model.named_parameters() if name.startswith(_TAP_NORMS)}
+    if norms and not _is_parameter_free(model.config):
+        model.config.output_norm = "layernorm"
+        return
+    trained = [name for name, norm in norms.items() if not torch.equal(norm, _neutral(name, norm))]
+    if trained:
+        raise ValueError(
+            f"The config in {str(source)!r} says output_norm='parameter_free', but {listed(trained)} was trained: if "
+            "that was meant, write 'layernorm'."
+        )
+
+
+def _neutral(name: str, norm: torch.Tensor) -> torch.Tensor:
+    """What a parameter of this name and shape is in a norm that does nothing but norm."""
+    return torch.full(norm.shape, 1.0 if name.endswith("weight") else 0.0, dtype=norm.dtype)
 
 
 def _check_numbers(source: str | PathLike, model: PreTrainedModel, whole: bool) -> None:
@@ -213,7 +258,10 @@ def _check_numbers(source: str | PathLike, model: PreTrainedModel, whole: bool) 
 def _read_tensors(source: str | PathLike) -> tuple[StateDict, type[PreTrainedModel], PreTrainedConfig]:
     """The tensors that a source in Transformers' format holds of a whole model, its class and its config."""
     model, missing = _read_what_is_there(source)
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in missing}
+    left_out = _TAP_NORMS if _is_parameter_free(model.config) else ()
+    tensors = {
+        key: tensor for key, tensor in model.state_dict().items() if key not in missing and not key.startswith(left_out)
+    }
     return tensors, type(model), model.config
 
 
@@ -309,7 +357,7 @@ def _load_named(
 ) -> PreTrainedModel:
     expected = encoder.config()
     if not pretrained:
-        return AutoBackbone.from_config(expected if tap is None else tapped_config(expected, tap)).eval()
+        return _random(expected if tap is None else tapped_config(expected, tap))
     if weights_dir is not None:
         folder = Path(weights_dir) / encoder.name
         if not (folder / "config.json").is_file():
@@ -357,37 +405,39 @@ def tap_whole(
         ValueError: naming tensors that the Backbone needs and the whole model lacks, or has in another shape.
     """
     tapped = _on_meta(config)
-    picked, neutral = _tensors_of(tapped, tensors, model_class, where)
+    picked, is_normed = _tensors_of(tapped, tensors, model_class, where)
+    if config.model_type in CLASSIFIERS_LACK_NORM:
+        config = copy.deepcopy(config)
+        config.output_norm = "layernorm" if is_normed else "parameter_free"
     dtype = next(tensor.dtype for tensor in picked.values() if tensor.is_floating_point())
     with _report_of_ours():
-        backbone = type(tapped).from_pretrained(None, config=config, state_dict=picked, dtype=dtype).eval()
-    for name in neutral:  # a norm that nobody trained is not trained here either: it has no parameters, so to speak
-        backbone.get_parameter(name).requires_grad_(False)
-    return backbone
+        backbone = type(tapped).from_pretrained(None, config=config, state_dict=picked, dtype=dtype)
+    return _freeze_neutral_norms(backbone).eval()
 
 
 def _tensors_of(
     tapped: PreTrainedModel, tensors: Mapping[str, torch.Tensor], model_class: type[PreTrainedModel], where: str
-) -> tuple[StateDict, list[str]]:
-    """What the tapped model (without memory) takes from the whole one, under the tapped model's names; neutral ones."""
+) -> tuple[StateDict, bool]:
+    """What the tapped model (without memory) takes from the whole one, under its names; whether with a tap's norm."""
     prefix = model_class.base_model_prefix
     picked: dict[str, Any] = {}
-    neutral, missing, misshaped = [], [], []
+    missing, misshaped = [], []
+    is_normed = False
     timm_names = names_in_whole(tapped) if isinstance(tapped, TappedTimmBackbone) else {}
     for key, own in tapped.state_dict().items():
         source = timm_names.get(key) or _name_in_whole(key, tapped)
         found = tensors.get(source, tensors.get(f"{prefix}.{source}"))
         fits = found is not None and found.shape == own.shape
-        if not fits and key.startswith(_NEUTRAL_NORMS):
-            found = torch.full(own.shape, 1.0 if key.endswith("weight") else 0.0)
-            neutral.append(key)
+        is_normed |= fits and key.startswith(_TAP_NORMS)
+        if not fits and key.startswith(_IDLE_NORM) or found is None and key.startswith(_TAP_NORMS):
+            found = _neutral(key, torch.empty(own.shape))
         elif found is None:
             missing.append(source)
         elif not fits:
             misshaped.append(f"{source} {tuple(found.shape)} instead of {tuple(own.shape)}")
         picked[key] = found
     report_misfit(where, missing=missing, unexpected=(), misshaped=misshaped)
-    return picked, neutral
+    return picked, is_normed
 
 
 def _name_in_whole(key: str, tapped: PreTrainedModel) -> str:

@@ -17,6 +17,7 @@ from transformers import (
 
 from ssm_vlm.configuration.configuration_llava_style import LlavaStyleConfig
 from ssm_vlm.configuration.named_encoders import ENCODERS
+from ssm_vlm.configuration.taps import tap_norm
 from ssm_vlm.modeling.encoder_loading import load_encoder
 from ssm_vlm.modeling.modeling_llava_style import LlavaStyleModel
 from ssm_vlm.modeling.token_grid import encoder_downsampling, grid_size, num_image_tokens
@@ -294,3 +295,18 @@ def test_inside_a_detector(name):
     (output.logits.sum() + output.pred_boxes.sum()).backward()
     (tower,) = (module for module in model.modules() if type(module) is type(build(name)))
     assert gradients_reach(model, tower) > 0.8
+
+
+def test_what_is_not_trained_is_not_trained_after_saving_and_loading_either(name, tmp_path):
+    config = tiny_config(name)
+    config.save_pretrained(tmp_path / "config")
+    encoder = load_encoder(tmp_path / "config", tap=config.out_features[-1], pretrained=False)
+    trained = {key: parameter.requires_grad for key, parameter in encoder.named_parameters()}
+    assert tap_norm(encoder.config) == tap_norm(config)
+    if tap_norm(config) == "parameter-free":
+        assert not any(is_trained for key, is_trained in trained.items() if "norms." in key)
+    for trip in ("first", "second"):
+        encoder.save_pretrained(tmp_path / trip)
+        encoder = load_encoder(tmp_path / trip)
+        assert {key: parameter.requires_grad for key, parameter in encoder.named_parameters()} == trained
+        assert tap_norm(encoder.config) == tap_norm(config)

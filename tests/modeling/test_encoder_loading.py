@@ -22,6 +22,7 @@ from transformers import (
     ConvNextBackbone,
     ConvNextConfig,
     ConvNextImageProcessor,
+    ConvNextV2Config,
     SwinConfig,
     ViTConfig,
     ViTImageProcessor,
@@ -32,6 +33,7 @@ from ssm_vlm.configuration.configuration_hidden_state_backbone import HiddenStat
 from ssm_vlm.configuration.configuration_ssm_vision import SSMVisionConfig
 from ssm_vlm.configuration.encoder_entry import IMAGENET, NamedEncoder, Preprocessing, WeightSource
 from ssm_vlm.configuration.named_encoders import ENCODERS
+from ssm_vlm.configuration.taps import tap_norm
 from ssm_vlm.modeling.checkpoint_files import read_state_dict
 from ssm_vlm.modeling.encoder_conversion import convert_encoder, convert_published
 from ssm_vlm.modeling.encoder_loading import load_encoder
@@ -271,6 +273,88 @@ class TestSwinRelease:
         expected = torch.nn.functional.layer_norm(raw, raw.shape[-1:]).permute(0, 3, 1, 2)
         assert features.shape == expected.shape
         assert (features - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+NORMED_AT_THE_TAP = {
+    "swin": SwinConfig(
+        embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=2, image_size=64, num_labels=3
+    ),
+    "convnext": ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 2, 1], layer_scale_init_value=0.5),
+    "convnextv2": ConvNextV2Config(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 2, 1]),
+}
+
+
+def trained_norms(encoder):
+    return {
+        name for name, p in encoder.named_parameters() if name.startswith("hidden_states_norms.") and p.requires_grad
+    }
+
+
+class TestTapNormsThatNobodyTrained:
+    """Stock Backbones have a norm at their tap, classifiers have none: it stays neutral, however often it is saved."""
+
+    @pytest.fixture(params=NORMED_AT_THE_TAP)
+    def whole(self, request, tmp_path):
+        AutoModelForImageClassification.from_config(NORMED_AT_THE_TAP[request.param]).save_pretrained(tmp_path / "hub")
+        return tmp_path / "hub"
+
+    @staticmethod
+    def with_norms(encoder, folder, scale, **fields):
+        """A saved Backbone whose norms somebody trained."""
+        with torch.no_grad():
+            for name, parameter in encoder.named_parameters():
+                if name.startswith("hidden_states_norms.") and name.endswith("weight"):
+                    parameter.fill_(scale)
+        for field, value in fields.items():
+            setattr(encoder.config, field, value)
+        encoder.save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize("tap", [None, "stage2", "stage4"])
+    def test_they_are_frozen_after_any_number_of_round_trips(self, whole, tap, tmp_path):
+        encoder = load_encoder(whole, tap=tap)
+        features = encoder(pixels := torch.randn(1, 3, 64, 64)).feature_maps[-1]
+        for trip in range(2):
+            assert not trained_norms(encoder) and tap_norm(encoder.config) == "parameter-free"
+            encoder.save_pretrained(tmp_path / str(trip))
+            fields = json.loads((tmp_path / f"{trip}/config.json").read_text())
+            assert fields["output_norm"] == "parameter_free"
+            same_tap = encoder.out_features[-1]
+            assert not trained_norms(load_encoder(tmp_path / str(trip), tap=same_tap))  # cut again
+            assert not trained_norms(load_encoder(tmp_path / str(trip), pretrained=False))
+            encoder = load_encoder(tmp_path / str(trip))
+        assert torch.equal(encoder(pixels).feature_maps[-1], features)
+
+    def test_training_moves_everything_but_them(self, whole):
+        encoder = load_encoder(whole).train()
+        before = {name: parameter.clone() for name, parameter in encoder.named_parameters()}
+        encoder(torch.randn(2, 3, 64, 64)).feature_maps[-1].pow(3).sum().backward()
+        torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1).step()
+        for name, parameter in encoder.named_parameters():
+            still = name.startswith(("hidden_states_norms.", "swin.layernorm."))
+            assert torch.equal(parameter, before[name]) == still, name
+
+    def test_those_that_somebody_trained_are_kept_and_trained(self, whole, tmp_path):
+        folder = self.with_norms(load_encoder(whole), tmp_path / "a", 3.0, output_norm="layernorm")
+        for encoder in (load_encoder(folder), load_encoder(folder, tap="stage3")):
+            assert len(trained_norms(encoder)) == 2 and tap_norm(encoder.config) == "trained"
+            assert (encoder.hidden_states_norms["stage3"].weight == 3).all()
+        assert not trained_norms(load_encoder(folder, tap="stage2"))  # a tap whose norm the folder does not hold
+
+    def test_a_backbone_of_somebody_else_says_nothing_and_is_trained(self, tmp_path):
+        stock = ConvNextBackbone(
+            ConvNextConfig(hidden_sizes=[4, 8, 16], depths=[1, 1, 2], num_stages=3, out_features=["stage3"])
+        )
+        encoder = load_encoder(self.with_norms(stock, tmp_path / "a", 3.0))
+        assert trained_norms(encoder) and encoder.config.output_norm == "layernorm"
+
+    def test_one_that_was_trained_against_its_config_is_told(self, whole, tmp_path):
+        folder = self.with_norms(load_encoder(whole), tmp_path / "a", 3.0)
+        for tap in (None, "stage3"):
+            with pytest.raises(
+                ValueError, match=r"'parameter_free', but hidden_states_norms\.stage3\.weight was trained"
+            ):
+                load_encoder(folder, tap=tap)
 
 
 class TestFolders:
