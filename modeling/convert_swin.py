@@ -1,6 +1,8 @@
-"""Swin checkpoints, Microsoft's release and timm's -> Transformers' `SwinForImageClassification`.
+"""Swin checkpoints -> Transformers' Swin: classifiers of Microsoft and timm, encoders of detectors and segmenters.
 
-Microsoft (and Transformers) merge patches at the end of a stage, timm at the start of the next one.
+Microsoft (and Transformers) merge patches at the end of a stage, timm at the start of the next one. mmdetection and
+mmsegmentation have names of their own, and merge with `nn.Unfold`, whose channels come in another order. The norms of
+stages that a detector or segmenter trained become those of `SwinBackbone`.
 """
 
 import math
@@ -8,15 +10,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, SwinConfig, SwinForImageClassification
+from transformers import PreTrainedConfig, PreTrainedModel, SwinBackbone, SwinConfig, SwinForImageClassification
 
-from .checkpoint_layout import CheckpointLayout, StateDict
+from .checkpoint_layout import BrokenFileError, CheckpointLayout, StateDict
 from .rename_keys import count_indices, need, rename_keys
 
 _FAMILY = "Swin"
 _BLOCK, _OURS = r"^layers\.(\d+)\.blocks\.(\d+)\.", r"swin.encoder.layers.\1.blocks.\2."
 _TABLE = "attn.relative_position_bias_table"
+_STAGE_NORM = r"^norm(\d)\."
 _RULES = (
     (r"^patch_embed\.proj\.", "swin.embeddings.patch_embeddings.projection."),
     (r"^patch_embed\.norm\.", "swin.embeddings.norm."),
@@ -31,13 +35,51 @@ _RULES = (
         _OURS + "attention.relative_position_bias.relative_position_bias_table",
     ),
     (r"^norm\.", "swin.layernorm."),
+    *((rf"^norm{index}\.", f"hidden_states_norms.stage{index + 1}.") for index in range(10)),
     (r"^head\.(?:fc\.)?(weight|bias)$", r"classifier.\1"),
 )
 _FUSED = (_BLOCK + r"attn\.qkv\.", _OURS + "attention.{}_proj.")
+_ENCODER = "backbone."
+_MM_RULES = (
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^stages\.(\d+\.blocks\.\d+\.)attn\.w_msa\.", r"layers.\1attn."),
+    (r"^stages\.(\d+\.blocks\.\d+\.)ffn\.layers\.0\.0\.", r"layers.\1mlp.fc1."),
+    (r"^stages\.(\d+\.blocks\.\d+\.)ffn\.layers\.1\.", r"layers.\1mlp.fc2."),
+    (r"^stages\.", "layers."),
+)
+"""mmdetection's and mmsegmentation's names -> Microsoft's."""
+
+_HEADS = (
+    r"(neck|rpn_head|roi_head|bbox_head|mask_head|panoptic_head|panoptic_fusion_head|decode_head|auxiliary_head"
+    r"|data_preprocessor)\.",
+)
+
+
+def _release_names(tensors: Mapping[str, Tensor]) -> StateDict:
+    """Microsoft's name, and order of channels, of each tensor; those of a classifier stay as they are."""
+    inner = {key.removeprefix(_ENCODER): tensor for key, tensor in tensors.items()}
+    if "patch_embed.projection.weight" in inner:
+        inner = {
+            key: _merged_by_slices(tensor) if re.match(r"stages\.\d+\.downsample\.", key) else tensor
+            for key, tensor in inner.items()
+        }
+        return rename_keys(inner, _MM_RULES)
+    return inner if any(re.match(_STAGE_NORM, key) for key in inner) else dict(tensors)
+
+
+def _merged_by_slices(tensor: Tensor) -> Tensor:
+    """Channels of a 2x2 neighbourhood [..., 4 C], as `nn.Unfold` orders them -> as Microsoft stacks them.
+
+    Unfolded they are [C, row, column]; Microsoft's are [column, row, C].
+    """
+    return tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
 
 
 def _recognises(tensors: Mapping[str, Tensor]) -> bool:
-    return "patch_embed.proj.weight" in tensors and any(re.fullmatch(_BLOCK + _TABLE, key) for key in tensors)
+    names = rename_keys({key.removeprefix(_ENCODER): tensor for key, tensor in tensors.items()}, _MM_RULES)
+    is_dense = any(re.match(_STAGE_NORM, key) for key in names)
+    names = names if is_dense else dict(tensors)
+    return "patch_embed.proj.weight" in names and any(re.fullmatch(_BLOCK + _TABLE, key) for key in names)
 
 
 def _merges_late(tensors: Mapping[str, Tensor]) -> bool:
@@ -46,6 +88,7 @@ def _merges_late(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    tensors = _release_names(tensors)
     width, channels, patch, _ = need(tensors, "patch_embed.proj.weight", _FAMILY).shape
     stages = count_indices(tensors, r"layers\.(\d+)\.blocks\.")
     tables = [need(tensors, f"layers.{stage}.blocks.0.{_TABLE}", _FAMILY) for stage in range(stages)]
@@ -72,24 +115,39 @@ def _infer(tensors: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], PreTra
         "use_absolute_embeddings": absolute is not None,
         "num_labels": 0 if head is None else head.shape[0],
     }
-    return SwinForImageClassification, SwinConfig(**fields)
+    normed = sorted({int(match[1]) + 1 for key in tensors if (match := re.match(_STAGE_NORM, key))})
+    if not normed:
+        return SwinForImageClassification, SwinConfig(**fields)
+    if normed[-1] > stages:
+        raise BrokenFileError(f"The file holds a norm of stage {normed[-1]}, but only {stages} stages.")
+    fields |= {"out_features": [f"stage{stage}" for stage in normed], "output_norm": "layernorm"}
+    return SwinBackbone, SwinConfig(**fields)
 
 
 def _convert(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> StateDict:
-    shift = 1 if _merges_late(tensors) else 0
+    tensors = _release_names(tensors)
+    is_dense = any(re.match(_STAGE_NORM, key) for key in tensors)
+    shift = 1 if not is_dense and _merges_late(tensors) else 0
     early = {
         re.sub(
             r"^layers\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) - shift}.downsample.", key
         ): tensor
         for key, tensor in tensors.items()
     }
-    return rename_keys(early, _RULES, _FUSED)
+    converted = rename_keys(early, _RULES, _FUSED)
+    if is_dense:  # SwinBackbone has this one besides, and does not use it
+        last = converted[f"hidden_states_norms.{config.out_features[-1]}.weight"]
+        width = config.embed_dim * 2 ** (len(config.depths) - 1)
+        converted["swin.layernorm.weight"] = torch.ones(width, dtype=last.dtype)
+        converted["swin.layernorm.bias"] = torch.zeros(width, dtype=last.dtype)
+    return converted
 
 
 SWIN_LAYOUT = CheckpointLayout(
-    _recognises, _infer, _convert, (r".*\.relative_position_index", r".*\.attn_mask"), shows_size=True
+    _recognises, _infer, _convert, (r".*\.relative_position_index", r".*\.attn_mask", *_HEADS), shows_size=True
 )
-"""Classification files of Microsoft's Swin and of timm's, any depths and widths, one window size. Index and mask
-buffers, which the config determines, are dropped."""
+"""Any depths and widths, one window size. Classification files of Microsoft and of timm become
+`SwinForImageClassification`; what detectors and segmenters trained becomes `SwinBackbone` with the norms of its stages,
+their heads left out. Index and mask buffers, which the config determines, are dropped."""
 
 __all__ = ["SWIN_LAYOUT"]

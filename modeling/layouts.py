@@ -1,6 +1,5 @@
 """The table of file layouts that published weights come in."""
 
-import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -45,11 +44,6 @@ def recognise_layout(tensors: Mapping[str, Tensor], where: str) -> str:
     for name, layout in LAYOUTS.items():
         if layout.recognises(tensors):
             return name
-    if any(re.match(r"(backbone\.)?stages\.\d+\.blocks\.\d+\.attn\.w_msa\.", key) for key in tensors):
-        raise ValueError(
-            f"{where} is a Swin of a detector or segmenter, its tensors named as by mmdetection and mmsegmentation: "
-            "that layout is not read, only the classification files of Microsoft and of timm."
-        )
     for wrapper in _WRAPPERS:
         inner = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items() if key.startswith(wrapper)}
         for name, layout in LAYOUTS.items():

@@ -27,6 +27,7 @@ FAMILIES = {
     "timm_vit": "vit_timm",
     "deit3": "vit_deit3",
     "swin": "swin_timm",
+    "swin of a detector": "swin_release",
     "convnext": "convnext_timm",
     "convnextv2": "convnextv2_timm",
     "timm_maxvit": "maxvit_tf",
@@ -41,8 +42,22 @@ PYTHONS_OWN = re.compile(
 )
 
 
+def mm_names(tensors):
+    """Names and shapes of Microsoft's Swin as in a file of mmdetection."""
+    named = {"backbone.norm3." + key.removeprefix("norm."): t for key, t in tensors.items() if key.startswith("norm.")}
+    for key, tensor in tensors.items():
+        if not key.startswith(("norm.", "head.")):
+            key = key.replace(".proj.", ".projection.") if key.startswith("patch_embed.") else key
+            key = key.replace("layers.", "stages.").replace("attn.", "attn.w_msa.")
+            key = key.replace("mlp.fc1", "ffn.layers.0.0").replace("mlp.fc2", "ffn.layers.1")
+            named["backbone." + key] = tensor
+    return named
+
+
 def weights_of(family):
     tensors = load_file(FIXTURES / f"{FAMILIES[family]}.weights.safetensors")
+    if family == "swin of a detector":
+        return mm_names(tensors)
     return {PREFIXES.get(family, "") + key: tensor for key, tensor in tensors.items()}
 
 
@@ -242,12 +257,6 @@ def test_a_picture_that_is_no_square_is_not_taken_for_deit3(refused, tmp_path):
     tensors["pos_embed"] = torch.zeros(1, 9, tensors["pos_embed"].shape[2])  # 2x4 patches and the class token
     save_file(tensors, tmp_path / "file.safetensors")
     assert "pos_embed has 9 positions, which is no square of patches" in refused(tmp_path / "file.safetensors")
-
-
-def test_a_swin_as_mmdetection_names_it(refused, tmp_path):
-    key = "stages.0.blocks.0.attn.w_msa.relative_position_bias_table"
-    save_file({f"backbone.{key}": torch.ones(1), "neck.weight": torch.ones(1)}, tmp_path / "file.safetensors")
-    assert "is a Swin of a detector or segmenter" in refused(tmp_path / "file.safetensors")
 
 
 def test_an_encoder_beside_heads(refused, tmp_path):
