@@ -4,11 +4,11 @@
     python -m ssm_vlm.eval.benchmark op --shape 56x56x192 14x14x768 --batch 64 --device cuda --dtype bfloat16
     python -m ssm_vlm.eval.benchmark encoder --encoder vmamba_small_s2l15.in1k_224 --size 224 800x1333 --batch 1
     python -m ssm_vlm.eval.benchmark --quick                  # tries everything, in seconds, on toys
-    python -m ssm_vlm.eval.benchmark --table                  # README's table from benchmarks/results/*.json
+    python -m ssm_vlm.eval.benchmark --report                 # README's table, docs/performance.md from the results
 
 All contenders of one setting live in one process and take turns after a warm-up, so that whatever else the machine does
-meets all of them alike. What takes longer than the budget, does not fit into memory or is not installed is skipped and
-named. The JSON file holds settings, machine, every single time and what was skipped.
+meets all of them alike. What takes longer than the budget, does not fit into memory, fails or is not installed is named
+as not run. The JSON file holds settings, machine, every single time and what was not run.
 """
 
 import argparse
@@ -24,8 +24,13 @@ from rich.console import Console
 from ..modeling.ops.selective_scan_2d import BACKENDS
 from . import benchmark_report as report
 from .benchmark_contenders import COPY_BASED
-from .benchmark_parts import LANGUAGE_MODELS, OpShape, Settings, encoder_rows, op_rows, vlm_rows
+from .benchmark_encoder import encoder_rows
+from .benchmark_op import OpShape, op_rows
+from .benchmark_pages import write_pages
+from .benchmark_plot import plot
+from .benchmark_settings import Row, Settings
 from .benchmark_timing import machine
+from .benchmark_vlm import LANGUAGE_MODELS, vlm_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER_VARIANTS = ("default", "compiled", *BACKENDS, *COPY_BASED)
@@ -103,9 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="JSON file to write, or a folder for DEVICE_DATE.json")
     parser.add_argument("--label", help="end of the name of the file in that folder")
     parser.add_argument("--plot", type=Path, help="picture to write: encoders' times over pixels (needs matplotlib)")
+    parser.add_argument("--commit", help="commit to save where git cannot tell, in a copy of a checkout")
     parser.add_argument(
-        "--table", nargs="*", type=Path, metavar="JSON",
-        help="measure nothing: put the table of these results, by default benchmarks/results, into README.md",
+        "--report", nargs="*", type=Path, metavar="JSON",
+        help="measure nothing: from these results, by default benchmarks/results, write README's table, "
+        "docs/performance.md with every bar, and its picture (needs matplotlib)",
     )  # fmt: skip
     return parser
 
@@ -143,15 +150,19 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         ),
         "vlm": lambda: vlm_rows(options.vlm_encoder, sizes, options.connector, options.language_model, settings),
     }
-    rows: list[report.Row] = []
-    asked_for = {key: value for key, value in vars(options).items() if key not in ("output", "plot", "table")}
-    record = {"settings": asked_for, "machine": machine(settings.device), "rows": rows, "skipped": settings.skipped}
+    rows: list[Row] = []
+    asked_for = {
+        key: value for key, value in vars(options).items() if key not in ("output", "plot", "report", "commit")
+    }
+    taken_on = machine(settings.device, options.commit)
+    record = {"settings": asked_for, "machine": taken_on, "rows": rows, "skipped": settings.skipped}
     for part in parts:
         for new in made[part]():
             report.print_rows(new, console)
             rows.extend(new)
             record |= report.summaries(rows)
             _save(record, options)
+    _save(record, options)  # what was not run at the end
     report.print_summary(record, console)
     return record
 
@@ -160,7 +171,7 @@ def _save(record: dict[str, Any], options: argparse.Namespace) -> None:
     if options.output is not None:
         results_path(options.output, record, options.label).write_text(json.dumps(record, separators=(",", ":")) + "\n")
     if options.plot is not None and any(row["part"] == "encoder" for row in record["rows"]):
-        report.plot(record["rows"], options.plot)
+        plot({f"{record['machine']['device']}, {options.dtype}, batch 1": record["rows"]}, options.plot)
 
 
 def _fill_in(options: argparse.Namespace) -> None:
@@ -187,9 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a benchmark from the command line."""
     options = _parser().parse_args(argv)
     try:
-        if options.table is not None:
-            paths = options.table or sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-            report.write_readme(ROOT / "README.md", report.readme_block(paths))
+        if options.report is not None:
+            write_pages(ROOT, options.report or sorted((ROOT / "benchmarks" / "results").glob("*.json")))
             return 0
         _fill_in(options)
         if options.threads is not None:

@@ -1,14 +1,16 @@
 """How the benchmark measures: turns, clocks, peak memory, copy bandwidth, and what the machine is."""
 
 import contextlib
+import ctypes
 import datetime
 import gc
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,14 @@ MIN_ROUNDS = 3
 """Fewer timed calls than this say nothing of the spread."""
 
 PEAK_MEMORY_IS = {
-    "cpu": "bytes that torch allocates during a call over those before it (torch.profiler); scratch memory that "
-    "compiled code or a library takes for itself is not seen",
+    "resident": "most resident memory of the process during a call over that before it, after freed memory went back "
+    "to the system: what torch allocates and what compiled code and libraries take for themselves",
+    "profiled": "bytes that torch allocates during a call over those before it (torch.profiler); what compiled code "
+    "and libraries take for themselves is not seen",
     "cuda": "torch.cuda.max_memory_allocated during a call over what was allocated before it",
 }
+
+PROCESS = Path("/proc/self")
 
 Call = Callable[[], Any]
 
@@ -58,6 +64,8 @@ def measure(
     warmup: int = 1,
     clock: Callable[[Call], float] = wall_seconds,
     budget: float = float("inf"),
+    warm: Mapping[str, float] | None = None,
+    first_rounds: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Seconds of each call, taken in turns, so that whatever else the machine does meets all contenders alike.
 
@@ -67,21 +75,25 @@ def measure(
         warmup: calls of each before the first round, whose times are not kept.
         clock: times one call.
         budget: seconds that a contender may take; it gets fewer rounds, but at least `MIN_ROUNDS`, to stay within.
+        warm: name -> seconds of the last call of one that is warm already and gets no more warm-up.
+        first_rounds: names in `warm` whose last call counts as their first round.
 
     Raises:
         ValueError: for fewer than one round, or no contender.
     """
     if rounds < 1 or not contenders:
         raise ValueError(f"A benchmark needs a contender and at least one round, got {len(contenders)} and {rounds}.")
-    rounds_of = {}
+    rounds_of, warm = {}, warm or {}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for name, call in contenders.items():
-        last = [clock(call) for _ in range(warmup)][-1:]
+        last = [warm[name]] if name in warm else [clock(call) for _ in range(warmup)][-1:]
         affordable = budget / last[0] if last and last[0] > 0 else float("inf")
         rounds_of[name] = int(min(rounds, max(MIN_ROUNDS, affordable)))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        if name in first_rounds:
+            seconds[name] += last
     for round_number in range(rounds):
         for name in list(contenders)[:: 1 if round_number % 2 == 0 else -1]:
-            if round_number < rounds_of[name]:
+            if len(seconds[name]) < rounds_of[name]:
                 seconds[name].append(clock(contenders[name]))
     return seconds
 
@@ -97,16 +109,50 @@ def summarise(times: list[float]) -> dict[str, float]:
     }
 
 
-def peak_memory(call: Call, device: torch.device) -> int:
-    """Peak of the bytes that a call allocates, over what was allocated before; see `PEAK_MEMORY_IS`."""
-    gc.collect()
+def peak_memory_kind(device: torch.device) -> str:
+    """Which of `PEAK_MEMORY_IS` can be had here."""
     if device.type == "cuda":
+        return "cuda"
+    try:
+        _forget_most_resident()
+    except OSError:  # not Linux, or a container that does not let a process do that
+        return "profiled"
+    return "resident"
+
+
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Peak of the bytes that a call takes, over what was taken before; see `PEAK_MEMORY_IS`."""
+    gc.collect()
+    kind = peak_memory_kind(device)
+    if kind == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
+    if kind == "resident":
+        with contextlib.suppress(OSError, AttributeError):  # a C library without it keeps a little more
+            ctypes.CDLL(None).malloc_trim(0)
+        _forget_most_resident()
+        before = _process_bytes("VmRSS")
+        call()
+        return max(0, _process_bytes("VmHWM") - before)
+    return profiled_peak(call)
+
+
+def _forget_most_resident() -> None:
+    (PROCESS / "clear_refs").write_text("5")
+
+
+def _process_bytes(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", (PROCESS / "status").read_text(), flags=re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def profiled_peak(call: Call) -> int:
+    """Peak of the bytes that torch allocates on a CPU."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write two lines to the terminal for each call
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
@@ -158,21 +204,23 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with `+changes` where files differ from it; None in an installed package."""
-    folder = Path(__file__).resolve().parent
+    """The checkout's commit, with `+changes` where files differ from it; None in an installed package. Results do not
+    count: a run writes several."""
+    root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on."""
+def machine(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """What the figures were taken on; `commit` where git cannot tell."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
@@ -180,8 +228,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if cuda else None,
         "versions": _versions(),
-        "commit": _commit(),
+        "commit": _commit() or commit,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "copy_bytes_per_second": copy_bandwidth(device, 1024 if cuda else 256),
-        "peak_memory_is": PEAK_MEMORY_IS["cuda" if cuda else "cpu"],
+        "peak_memory_is": PEAK_MEMORY_IS[peak_memory_kind(device)],
     }
