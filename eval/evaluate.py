@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from ..modeling.geometry import BOX_FRAMES
 from ..modeling.image_processing_llava_style import load_image
@@ -156,7 +157,7 @@ def evaluate(
     return Result(scores, len(items), blank_images, Path(output_jsonl), data)
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """A short hash by which a model is known again: its configuration and some values of each weight and buffer."""
     digest = hashlib.sha256(json.dumps(_stable(model.config.to_dict()), sort_keys=True, default=str).encode())
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -228,17 +229,13 @@ def _generate(
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     with ThreadPoolExecutor(max_workers=1) as other_thread:
 
-        def prepare(number: int) -> Future | None:
-            return (
-                other_thread.submit(_prepare, processor, batches[number], blank_images)
-                if number < len(batches)
-                else None
-            )
+        def prepare(batch: Sequence[EvalItem]) -> Future:
+            return other_thread.submit(_prepare, processor, batch, blank_images)
 
-        coming = prepare(0)
+        coming = deque(prepare(batch) for batch in batches[:1])
         for number, batch in enumerate(batches):
-            inputs, sizes = coming.result()
-            coming = prepare(number + 1)
+            inputs, sizes = coming.popleft().result()
+            coming.extend(prepare(following) for following in batches[number + 1 : number + 2])
             inputs = inputs.to(model.device)
             with torch.inference_mode():
                 output = model.generate(
@@ -385,7 +382,7 @@ def _print(score: TaskScore, console: Console) -> None:
     for name, floor in score.floors.items():
         table.add_row(f"floor: {name}", "", f"{100 * floor:.2f}")
     notes = [f"constants are chosen on {score.floor_source}"]
-    if score.box_frame is not None:
+    if score.box_frame is not None and score.invalid_share is not None:
         notes += [f"boxes in the frame {score.box_frame}", f"{100 * score.invalid_share:.2f} % of answers are no box"]
     console.print(f"{score.task}: {score.metric}", table, "; ".join(notes), sep="\n", markup=False)
 

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,11 +110,11 @@ def run_study(study: StudyArguments) -> list[StudyRow]:
             "data", lambda: write_digit_scenes(folder / "data", config, lambda line: console.print("  " + line))
         )
     encoder_runs = {
-        name: steps.run(f"encoder {name}", lambda name=name: _pretrain(study, name, data)) for name in study.encoders
+        name: steps.run(f"encoder {name}", partial(_pretrain, study, name, data)) for name in study.encoders
     }
     language_model = steps.run("language model", lambda: _train_language_model(study, data))
     vlms = {
-        name: steps.run(f"vlm {name}", lambda name=name: _train_vlm(study, name, data, language_model.path))
+        name: steps.run(f"vlm {name}", partial(_train_vlm, study, name, data, language_model.path))
         for name in study.encoders
     }
     if not processes.is_main_process:
@@ -121,7 +122,7 @@ def run_study(study: StudyArguments) -> list[StudyRow]:
     items = read_items(data, study.split)
     rows, results = [], {}
     for name in study.encoders:
-        result = steps.run(f"evaluation {name}", lambda name=name: _evaluate(study, vlms[name].path, items))
+        result = steps.run(f"evaluation {name}", partial(_evaluate, study, vlms[name].path, items))
         results[name] = result
         entry = get_named_encoder(name)
         size = (entry.preprocessing.height, entry.preprocessing.width)

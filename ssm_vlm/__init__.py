@@ -4,7 +4,7 @@ Importing this package registers every model with the Transformers Auto classes 
 """
 
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from .configuration.configuration_backbone_classifier import BackboneClassifierConfig
 from .configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
@@ -35,7 +35,7 @@ from .modeling.token_grid import encoder_downsampling, grid_size, num_image_toke
 
 __version__ = "0.1.0"
 
-MODELS = {
+MODELS: dict[type[PreTrainedConfig], dict[str, type[PreTrainedModel]]] = {
     BackboneClassifierConfig: {"AutoModelForImageClassification": BackboneForImageClassification},
     HiddenStateBackboneConfig: {"AutoModel": HiddenStateBackbone, "AutoBackbone": HiddenStateBackbone},
     LlavaStyleConfig: {

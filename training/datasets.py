@@ -154,9 +154,11 @@ class LlavaConversations(Dataset):
                     f'{self._name(number, row)}, key "image": {name!r} is not a path; '
                     "give a path below the image folder, a list of them, or leave the key out."
                 )
-        if names and self.image_root is None:
+        if not names:
+            return []
+        if self.image_root is None:
             raise ValueError(f'{self._name(number, row)}, key "image": there is an image, but image_root is None.')
-        return [os.path.join(self.image_root, name) for name in names] if names else []
+        return [os.path.join(self.image_root, name) for name in names]
 
     def _read_row(self, number: int, row: Any) -> tuple[list[str], list[dict]]:
         """Checks one row and returns its image paths and chat messages."""
@@ -167,7 +169,8 @@ class LlavaConversations(Dataset):
         if not isinstance(turns, list):
             raise ValueError(f'{name}, key "conversations": is {_kind_of(turns)}, not a list of turns.')
         paths = self._image_paths(number, row)
-        messages, placeholders = [], 0
+        messages: list[dict[str, Any]] = []
+        placeholders = 0
         for position, turn in enumerate(turns):
             where = f'{name}, key "conversations", turn {position}'
             role, text = _read_turn(where, turn)

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -174,8 +175,8 @@ def draw_scene(
             )
             rows, columns = np.flatnonzero((glyph > 48).any(1)), np.flatnonzero((glyph > 48).any(0))
             top, left = (config.grid * rng.randint(0, (length - side) // config.grid) for length in (height, width))
-            box = (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
-            box = tuple(int(value) for value in box)
+            x1, x2, y1, y2 = (int(value) for value in (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1))
+            box = (left + x1, top + y1, left + x2, top + y2)
             if all(_apart(box, other.box) for other in placed):
                 placed.append(PlacedDigit(digit, colour, box, glyph, (top, left)))
                 break
@@ -381,10 +382,14 @@ def _llava(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 def _write_eval(root: Path, config: DigitScenesConfig, glyphs: dict[str, dict[int, np.ndarray]]) -> None:
     """VQA v2 and RefCOCO files; image ids are unique over the splits, as in COCO."""
     (root / "images" / "eval").mkdir(parents=True)
-    images, boxes, refs = [], [], []
+    images: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
+    refs: list[dict[str, Any]] = []
     scenes = {"val": config.val_scenes, "test": config.test_scenes}
     for split, number in scenes.items():
-        rng, questions, annotations = random.Random(f"{config.seed}-{split}"), [], []
+        rng = random.Random(f"{config.seed}-{split}")
+        questions: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for _ in range(number):
             image_id = len(images) + 1
             scene = draw_scene(rng, glyphs[split], config)

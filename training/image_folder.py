@@ -66,7 +66,8 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, labels = self.samples[index]
-        pixels = self.image_processor(path, return_tensors="pt")["pixel_values"][0]  # [3, H, W]
+        prepared = self.image_processor(path, return_tensors="pt")  # type: ignore[arg-type]  # ours takes paths, too
+        pixels = prepared["pixel_values"][0]  # [3, H, W]
         return {"id": str(path.relative_to(self.root)), "pixel_values": pixels, "labels": labels}
 
 

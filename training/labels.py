@@ -74,16 +74,16 @@ def tokenize_conversation(
         verbose=False,  # no warning about the tokenizer's model_max_length: max_length is the caller's to choose
     )
     input_ids = encoded["input_ids"]
-    labels = _labels(input_ids, encoded["offset_mapping"], text, spans, where)
-    input_ids, labels = _cut_and_expand(
-        input_ids, labels, processor.image_token_id, list(image_token_counts or []), max_length, where
+    targets = _labels(input_ids, encoded["offset_mapping"], text, spans, where)
+    ids, labels = _cut_and_expand(
+        input_ids, targets, processor.image_token_id, list(image_token_counts or []), max_length, where
     )
     if not (labels != IGNORE_INDEX).any():
         reason = (
             "its answers are empty" if max_length is None else f"its first {max_length} tokens of text hold no answer"
         )
         raise ValueError(f"{where} leaves nothing to learn: {reason}.")
-    return {"input_ids": input_ids, "labels": labels, **sample}
+    return {"input_ids": ids, "labels": labels, **sample}
 
 
 def _named_images(messages: list[dict[str, Any]]) -> list[Any]:

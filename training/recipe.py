@@ -27,6 +27,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+REQUIRED: Any = None
+"""Default of a key that every recipe has to give a value; `require` tells which is missing."""
+
 FINISHED_MARKER = "finished.json"
 RECIPE_FILE = "recipe.yaml"
 
@@ -58,7 +61,7 @@ class RunArguments(TrainingArguments):
     output_dir: str = field(default="runs", metadata={"help": "Folder in which the run directory is made."})
     name: str = field(default="run", metadata={"help": "First part of the run directory's name."})
     seed: int = field(default=7, metadata={"help": "Seed of everything that is random in the run."})
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]  # None until `__post_init__`
         default=None, metadata={"help": "Train in bfloat16 autocast; by default wherever a CUDA device can."}
     )
     report_to: str | None = field(default="none", metadata={"help": "Where to log to, as in TrainingArguments."})
@@ -88,7 +91,7 @@ class RunArguments(TrainingArguments):
         super().__post_init__()
 
 
-def parse_recipe(argv: Sequence[str] | None, *parts: type, prog: str | None = None) -> tuple[Any, ...]:
+def parse_recipe(argv: Sequence[str] | None, *parts: Any, prog: str | None = None) -> tuple[Any, ...]:
     """Reads `[recipe.yaml] [--key value ...]` into one object of each dataclass in `parts`.
 
     The command line goes over the file, the file over the defaults. `prog` is the command that the help shows.
@@ -154,7 +157,7 @@ def _read_yaml(path: Path, parts: Sequence[type]) -> dict[str, Any]:
         node, values = yaml.compose(text, _RecipeLoader), yaml.load(text, _RecipeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
+    if node is None or not isinstance(values, dict):
         raise ValueError(f"{path} must hold `key: value` lines.")
     known, seen = _hints(parts), set()
     for key in (key.value for key, _ in node.value):

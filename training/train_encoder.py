@@ -21,7 +21,7 @@ from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from ..modeling.model_card import leave_card
 from ..modeling.modeling_backbone_classifier import BackboneForImageClassification
 from .image_folder import ImageFolder, collate_images
-from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
+from .recipe import REQUIRED, RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
 from .trainer import ControlledTrainer, train_and_save
 
 
@@ -29,15 +29,15 @@ from .trainer import ControlledTrainer, train_and_save
 class EncoderArguments:
     """What is trained on what."""
 
-    vision_encoder: str | None = field(default=None, metadata={"help": "Name in the table of encoders."})
+    vision_encoder: str = field(default=REQUIRED, metadata={"help": "Name in the table of encoders."})
     pooling: Literal["mean", "max"] = field(
         default="mean", metadata={"help": "How the head pools positions: mean or max."}
     )
     attributes: bool = field(
         default=False, metadata={"help": "Folder names are attributes joined by '_', each a class of its own group."}
     )
-    train_folder: str | None = field(default=None, metadata={"help": "Folder with one folder of pictures per class."})
-    val_folder: str | None = field(default=None, metadata={"help": "The same for the accuracy at the end."})
+    train_folder: str = field(default=REQUIRED, metadata={"help": "Folder with one folder of pictures per class."})
+    val_folder: str = field(default=REQUIRED, metadata={"help": "The same for the accuracy at the end."})
 
 
 def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory:
@@ -57,12 +57,13 @@ def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory
     image_processor = LlavaStyleImageProcessor(**image_processor_arguments(encoder.vision_encoder))
     train_set = ImageFolder(encoder.train_folder, image_processor, attributes=encoder.attributes)
     val_set = ImageFolder(encoder.val_folder, image_processor, attributes=encoder.attributes, groups=train_set.groups)
+    groups = [len(group) for group in train_set.groups]
     config = BackboneClassifierConfig(
         backbone_config=backbone.config,
         pooling=encoder.pooling,
         id2label=dict(enumerate(train_set.label_names)),
         label2id={name: index for index, name in enumerate(train_set.label_names)},
-        label_groups=[len(group) for group in train_set.groups],
+        label_groups=groups,
     )
     model = BackboneForImageClassification(config, backbone)
     trainer = ControlledTrainer(
@@ -71,7 +72,7 @@ def train_encoder(encoder: EncoderArguments, args: RunArguments) -> RunDirectory
         train_dataset=train_set,
         eval_dataset=val_set,
         data_collator=collate_images,
-        compute_metrics=partial(_all_right, config.label_groups),
+        compute_metrics=partial(_all_right, groups),
     )
 
     def save(folder: Path) -> None:

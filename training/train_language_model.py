@@ -14,14 +14,13 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..modeling.chat_templates import VICUNA_TEMPLATE
+from ..modeling.chat_templates import VICUNA_TEMPLATE, render_conversations
 from ..modeling.image_processing_llava_style import LlavaStyleImageProcessor
 from ..modeling.processing_llava_style import LlavaStyleProcessor
 from .collator import ConversationCollator
 from .datasets import LlavaConversations
-from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
+from .recipe import REQUIRED, RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
 from .trainer import ControlledTrainer, train_and_save
 
 _SENTENCE_END = re.compile(r"(?<=[.?!:])\s+|[\n\"]|</?s>")
@@ -31,11 +30,11 @@ _SENTENCE_END = re.compile(r"(?<=[.?!:])\s+|[\n\"]|</?s>")
 class LanguageModelArguments:
     """What is trained on what."""
 
-    language_model_config: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Config of a causal language model, `model_type` included."}
+    language_model_config: dict[str, Any] = field(
+        default=REQUIRED, metadata={"help": "Config of a causal language model, `model_type` included."}
     )
     vocabulary: int = field(default=512, metadata={"help": "Tokens of the byte-level BPE."})
-    data_path: str | None = field(default=None, metadata={"help": "LLaVA conversations without pictures."})
+    data_path: str = field(default=REQUIRED, metadata={"help": "LLaVA conversations without pictures."})
 
 
 def train_tokenizer(conversations: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -77,7 +76,7 @@ def train_tokenizer(conversations: list[str], vocabulary: int) -> PreTrainedToke
 def _render(data: LlavaConversations, rows: int = 2000) -> list[str]:
     """The first conversations as the language model will see them."""
     few = [data[index]["messages"] for index in range(min(rows, len(data)))]
-    texts, _ = render_jinja_template(few, chat_template=VICUNA_TEMPLATE, bos_token="<s>", eos_token="</s>")
+    texts, _ = render_conversations(few, chat_template=VICUNA_TEMPLATE, bos_token="<s>", eos_token="</s>")
     return texts
 
 

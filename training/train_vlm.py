@@ -7,7 +7,7 @@ change with it.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ from ..modeling.processing_llava_style import LlavaStyleProcessor
 from ..modeling.saved_folder import ORIGIN_FILE
 from .collator import ConversationCollator, as_list
 from .datasets import LlavaConversations
-from .recipe import RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
+from .recipe import REQUIRED, RunArguments, RunDirectory, fingerprint, parse_recipe, require, resolved, run_script
 from .trainer import ControlledTrainer, train_and_save
 
 IMAGE_TOKEN = "<image>"
@@ -40,8 +40,8 @@ CHAT_TEMPLATES = {"vicuna": vicuna_template, "own": lambda tokenizer: None}
 class ModelArguments:
     """What the model is made of."""
 
-    vision_encoder: str | None = field(
-        default=None,
+    vision_encoder: str = field(
+        default=REQUIRED,
         metadata={"help": "Name in the table (`ssm-vlm encoders`), or folder or Hub id of any vision model."},
     )
     vision_tap: str | None = field(
@@ -51,7 +51,7 @@ class ModelArguments:
         default=None, metadata={"help": "Folder with a folder of weights per encoder name; by default the Hub."}
     )
     vision_pretrained: bool = field(default=True, metadata={"help": "False starts from random encoder weights."})
-    language_model: str | None = field(default=None, metadata={"help": "Hub id or folder of a causal language model."})
+    language_model: str = field(default=REQUIRED, metadata={"help": "Hub id or folder of a causal language model."})
     chat_template: Literal["own", "vicuna"] = field(
         default="own", metadata={"help": "own: the language model's; vicuna: the Vicuna v1.5 format of the paper."}
     )
@@ -93,7 +93,7 @@ class ModelArguments:
 class DataArguments:
     """What the model is trained on."""
 
-    data_path: str | None = field(default=None, metadata={"help": "Conversations in LLaVA's JSON format."})
+    data_path: str = field(default=REQUIRED, metadata={"help": "Conversations in LLaVA's JSON format."})
     image_root: str | None = field(default=None, metadata={"help": "Folder that the pictures' paths start from."})
     max_text_length: int | None = field(
         default=2048, metadata={"help": "Tokens of text to keep of each conversation; image tokens are never cut."}
@@ -158,7 +158,7 @@ def build_model(
     processor = build_processor(model_args, encoder.config, fewer_tokens)
     with _named("language_model", model_args.language_model):
         language_model = AutoModelForCausalLM.from_pretrained(model_args.language_model, dtype=torch.float32)
-    rows = language_model.get_input_embeddings().num_embeddings
+    rows: int = language_model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     if len(processor.tokenizer) > rows:
         language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
     model = LlavaStyleForConditionalGeneration.from_parts(
@@ -205,7 +205,7 @@ def train_vlm(model_args: ModelArguments, data_args: DataArguments, args: RunArg
             "freeze_language_model is true: leave them out or train the language model."
         )
     weights = model_args.vision_weights_dir and Path(model_args.vision_weights_dir) / model_args.vision_encoder
-    inputs = {
+    inputs: dict[str, Callable[[], str | None]] = {
         "vision_encoder": partial(fingerprint, model_args.vision_encoder),
         "vision_weights_dir": partial(fingerprint, weights),
         "language_model": partial(fingerprint, model_args.language_model),

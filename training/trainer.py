@@ -37,7 +37,8 @@ class Stopwatch(TrainerCallback, ExportableState):
     """Seconds of training, over interruptions: those up to a checkpoint are saved with it."""
 
     def __init__(self) -> None:
-        self.before, self.started = 0.0, None
+        self.before = 0.0
+        self.started: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -47,7 +48,7 @@ class Stopwatch(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"before": self.seconds}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = state.stateful_callbacks.get(type(self).__name__)  # type: ignore[union-attr]  # a dict in a run
         self.before = saved["attributes"]["before"] if saved else 0.0
         self.started = time.perf_counter()
 
@@ -61,6 +62,7 @@ class ControlledTrainer(Trainer):
     """
 
     args: RunArguments
+    model: nn.Module
 
     def __init__(self, *args: Any, grouping: tuple[Any, Any] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -124,7 +126,7 @@ class ControlledTrainer(Trainer):
 def train_and_save(
     trainer: ControlledTrainer,
     run: RunDirectory,
-    save: Callable[[Path], None],
+    save: Callable[[Path], object],
     summary: Callable[[], dict[str, Any]] = dict,
 ) -> None:
     """Trains from the last complete checkpoint on, saves the model whole, and marks the run as finished.
