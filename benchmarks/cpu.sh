@@ -20,7 +20,7 @@ elif [ $# -gt 0 ]; then
     exit 2
 fi
 mkdir -p "$out"
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
 unset SSM_VLM_SCAN_BACKEND
 
 failed=0
@@ -63,7 +63,7 @@ part 60 bf16 encoder --encoder $small $vit --variant default --size 224 512 --ba
     --budget 6
 part 200 vlm vlm --vlm-encoder $small $vit --connector mlp2 pixel_shuffle_mlp2 average_pool_mlp2 \
     --language-model 0.5b --size 224 512 1024 --dtype bfloat16 --rounds 3 --budget 12
-part 160 vlm-7b vlm --vlm-encoder $small --connector mlp2 pixel_shuffle_mlp2 --language-model 7b --size 224 \
+part 190 vlm-7b vlm --vlm-encoder $small --connector mlp2 pixel_shuffle_mlp2 --language-model 7b --size 224 \
     --dtype bfloat16 --rounds 3 --budget 90
 # shellcheck disable=SC2086  # names without spaces
 part 240 others encoder --encoder $others --variant default --size 224 384 512 768 1024 800x1333 1536 2048 --batch 1 \

@@ -42,7 +42,7 @@ if ls "$root"/benchmarks/wheels/*.whl >/dev/null 2>&1; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/wheels" "$root"/benchmarks/wheels/*.whl || exit 1
 fi
 export PYTHONPATH="$work/site:$work/wheels${PYTHONPATH:+:$PYTHONPATH}"
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1  # else the folder ssm_vlm here hides the package
 unset SSM_VLM_SCAN_BACKEND
 
 cuda=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))') || exit 1
