@@ -6,6 +6,7 @@ the four copies; each of the four sequences is scanned; and the results are brou
 """
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -50,11 +51,23 @@ def sequential_scan(
     return torch.stack(outputs, dim=-1) + skip[:, None] * u
 
 
+HUB_KERNEL = "kernels-community/mamba-ssm"
+
+
+def _selective_scan_fn() -> Callable[..., Tensor] | None:
+    """Mamba's compiled kernel: of `mamba_ssm` where it is installed, else of the Hub where `kernels` can load it."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    with contextlib.suppress(Exception):  # not installed, no network and not in the cache, none for this machine
+        kernel = importlib.import_module("kernels").get_kernel(HUB_KERNEL)
+        return importlib.import_module(f"{kernel.__name__}.ops.selective_scan_interface").selective_scan_fn
+    return None
+
+
 def prebuilt_scan() -> Scan | None:
-    """Mamba's compiled kernel behind the arguments of `sequential_scan`, where `mamba_ssm` with it is installed."""
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except ImportError:
+    """Mamba's compiled kernel behind the arguments of `sequential_scan`, or None where there is none."""
+    selective_scan_fn = _selective_scan_fn()
+    if selective_scan_fn is None:
         return None
 
     def scan(u, delta, rate, b, c, skip, delta_bias):

@@ -41,7 +41,7 @@ def copy_based_scan(backend: str) -> Callable[..., Tensor] | str:
         return "the copy-based composition is in the benchmarks folder of the checkout, not in an installed package"
     if backend == "copy_based":
         return baseline.sequential_scan
-    return baseline.prebuilt_scan() or "mamba_ssm's compiled kernel is not installed"
+    return baseline.prebuilt_scan() or "neither mamba_ssm's compiled kernel nor the Hub's is there"
 
 
 def scans(config: PreTrainedConfig) -> bool:

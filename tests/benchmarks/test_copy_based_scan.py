@@ -1,5 +1,8 @@
 """The baseline that benchmarks compare with computes the same as the library's oracle."""
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -66,3 +69,34 @@ def test_whole_encoder_gives_the_same_map_and_is_left_as_it_was():
     assert not torch.equal(found, expected)  # it did run
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert torch.equal(again, expected)
+
+
+def mamba_kernel(u, delta, rate, b, c, skip, z, delta_bias, *, delta_softplus):
+    """In the place of the compiled kernel, with its arguments."""
+    assert z is None and delta_softplus
+    return copy_based_scan.sequential_scan(u, delta, rate, b, c, skip, delta_bias)
+
+
+@pytest.mark.parametrize("package", ["mamba_ssm", "kernels"])
+def test_prebuilt_kernel_is_taken_from_where_it_is(package, monkeypatch):
+    found = types.ModuleType("found")
+    found.selective_scan_fn = mamba_kernel
+    hub = types.ModuleType("kernels")
+    hub.get_kernel = {copy_based_scan.HUB_KERNEL: types.ModuleType("from_hub")}.__getitem__
+    there = {
+        "mamba_ssm": {"mamba_ssm.ops.selective_scan_interface": found},
+        "kernels": {"mamba_ssm": None, "kernels": hub, "from_hub.ops.selective_scan_interface": found},
+    }[package]
+    for name, module in there.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    if package == "kernels":
+        monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", None)
+    tensors = inputs(3, 4, 2)
+    out = copy_based_scan.copy_based_core(**tensors, scan=copy_based_scan.prebuilt_scan())
+    assert torch.equal(out, copy_based_scan.copy_based_core(**tensors))
+
+
+def test_without_a_prebuilt_kernel_there_is_none(monkeypatch):
+    for name in ("mamba_ssm", "mamba_ssm.ops.selective_scan_interface", "kernels"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert copy_based_scan.prebuilt_scan() is None
