@@ -58,13 +58,16 @@ and computed, and only the tap is returned. FocalNet's own stages end after thei
 BLOCK_BACKBONES = {"vitdet": "num_hidden_layers"}
 """`model_type` of a plain Backbone that calls the output of its block K "stageK" -> field that counts its blocks."""
 
-CLASSIFIERS_LACK_NORM = ("swin", "convnext", "convnextv2")
-"""`model_type` of a stock Backbone that norms its tap with a norm that published classifiers do not have. Its config
-then says `output_norm="parameter_free"`, as VMamba's does: the norm stays at scale 1 and shift 0 and is never trained.
-That of a detector or segmenter, whose files hold the norm, says "layernorm"."""
-
-TRAINED_NORMS = ("pvt_v2", "vit_adapter")
-"""`model_type` of a Backbone that norms its tap with a norm that every published file holds."""
+NORMED_TAPS = {
+    "swin": "parameter-free",
+    "convnext": "parameter-free",
+    "convnextv2": "parameter-free",
+    "pvt_v2": "trained",
+    "vit_adapter": "trained",
+}
+"""`model_type` of a Backbone that norms its tap -> whether published classifiers hold that norm ("trained"). Where they
+do not, the config says `output_norm="parameter_free"`, as VMamba's does: the norm stays at scale 1 and shift 0 and is
+never trained. That of a detector or segmenter, whose files hold the norm, says "layernorm"."""
 
 UNUSABLE = {
     "hiera": "the Backbone of this Transformers version leaves out the reordering of its tokens; timm's Hiera can be "
@@ -147,14 +150,19 @@ def tap_norm(config: Any) -> str:
     Args:
         config: a Backbone config, tapped.
     """
-    if config.model_type in TRAINED_NORMS:
+    if NORMED_TAPS.get(config.model_type) == "trained":
         return "trained"
     at_the_end = config.out_features[-1] == config.stage_names[-1]
     if getattr(config, "apply_final_norm", False) or (at_the_end and getattr(config, "final_norm", False)):
         return "trained"
     own = {"layernorm": "trained", "parameter_free": "parameter-free"}
-    unsaid = "layernorm" if config.model_type in CLASSIFIERS_LACK_NORM else "none"
+    unsaid = "layernorm" if says_its_norm(config) else "none"
     return own.get(getattr(config, "output_norm", unsaid), "none")
+
+
+def says_its_norm(config: PreTrainedConfig) -> bool:
+    """Whether this is a stock config that says, in `output_norm`, whether its tap's norm was ever trained."""
+    return NORMED_TAPS.get(config.model_type) == "parameter-free"
 
 
 def _plain(stock: PreTrainedConfig, tap: str | None, apply_final_norm: bool = False) -> HiddenStateBackboneConfig:
@@ -179,7 +187,7 @@ def _hierarchical(config: Any, tap: str | None) -> PreTrainedConfig:
     fields: dict[str, Any] = {"out_features": [tap]}
     if config.model_type in STAGE_CUTS:
         fields |= _cut(config, max(stages.index(tap) + 1 if tap in stages else 1, 1))
-    if config.model_type in CLASSIFIERS_LACK_NORM:
+    if says_its_norm(config):
         fields["output_norm"] = getattr(config, "output_norm", "parameter_free")
     return _copy(config, **fields)
 
@@ -210,12 +218,12 @@ def _copy(config: Any, **changes: Any) -> Any:
 
 __all__ = [
     "BLOCK_BACKBONES",
-    "CLASSIFIERS_LACK_NORM",
+    "NORMED_TAPS",
     "PARTS",
     "STAGE_CUTS",
-    "TRAINED_NORMS",
     "UNUSABLE",
     "StageCut",
+    "says_its_norm",
     "tap_norm",
     "tapped_config",
     "vision_part",

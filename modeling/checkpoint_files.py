@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from .array_pickle import read_array_pickle
 from .checkpoint_layout import StateDict
+from .checkpoint_report import listed
 
 _CONTAINERS = ("model", "state_dict")
 FILES_OF_A_REPOSITORY = (
@@ -30,6 +32,10 @@ FILES_OF_A_REPOSITORY = (
     "pytorch_model.bin.index.json",
 )
 """Names of files of weights in a repository on the Hub, in the order in which Transformers looks for them."""
+
+
+_MOST_COMPRESSION = 100
+"""An archive that grows to more than so many times its own size holds no weights: these hardly compress."""
 
 
 class _Bookkeeping:
@@ -71,9 +77,7 @@ def read_state_dict(path: str | PathLike, sha256: str | None = None) -> StateDic
     if sha256 is not None:
         _check_sha256(path, sha256)
     if path.name.endswith(".index.json"):
-        return {
-            key: tensor for shard in shards_of(path) for key, tensor in read_state_dict(path.parent / shard).items()
-        }
+        return _read_shards(path)
     contents = _READERS.get(path.suffix, read_checkpoint)(path)
     for container in _CONTAINERS:
         if isinstance(contents, dict) and isinstance(contents.get(container), dict):
@@ -83,7 +87,37 @@ def read_state_dict(path: str | PathLike, sha256: str | None = None) -> StateDic
         raise ValueError(
             f"{str(path)!r} holds no state dict: expected a dict of tensors, or one under 'model' or 'state_dict'."
         )
+    _check_tensors(path, contents)
     return dict(contents)
+
+
+def _check_tensors(path: Path, tensors: dict[Any, Tensor]) -> None:
+    """Raises ValueError for names that are no text, and for tensors that are not arrays of numbers held by the file."""
+    for name, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not isinstance(name, str):
+            reason = f"a tensor whose name is {name!r} and no text"
+        elif not plain or type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested:
+            reason = f"{listed([name])}, which is sparse, quantised or without values: only plain tensors are read"
+        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            reason = f"{listed([name])}, of shape {tuple(tensor.shape)}, but not so many numbers"
+        else:
+            continue
+        raise ValueError(f"{str(path)!r} holds {reason}.")
+
+
+def _read_shards(index: Path) -> StateDict:
+    tensors: StateDict = {}
+    named = _weight_map(index)
+    for shard in shards_of(index):
+        there = read_state_dict(index.parent / shard)
+        expected = {key for key, file in named.items() if file == shard}
+        if there.keys() != expected:
+            raise ValueError(
+                f"{str(index)!r} does not describe {shard}: only one of the two has {listed(there.keys() ^ expected)}."
+            )
+        tensors |= there
+    return tensors
 
 
 def _file_in(path: Path) -> Path:
@@ -105,17 +139,22 @@ def shards_of(index: Path) -> list[str]:
     Raises:
         ValueError: it is no index, or it names anything else.
     """
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(index)!r} is no index of shards: it has no weight_map.") from error
+    shards = list(dict.fromkeys(_weight_map(index).values()))
     for shard in shards:
         plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard
         if not plain or shard == ".." or shard.endswith(".json"):
             raise ValueError(
                 f"{str(index)!r} names {shard!r}, which lies outside its own folder or is no file of weights."
             )
-    return shards
+    return sorted(shards)
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return dict(named.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{str(index)!r} is no index of shards: it has no weight_map.") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -143,6 +182,7 @@ def _read_safetensors(path: Path) -> StateDict:
 def _read_npz(path: Path) -> StateDict:
     """Arrays of numbers only: what numpy would have to unpickle is refused."""
     try:
+        _check_archive(path)
         with np.load(path, allow_pickle=False) as arrays:
             return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
     except Exception as error:  # as damage has it
@@ -168,11 +208,15 @@ def read_checkpoint(path: Path) -> Any:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # the format before torch 1.6, or no checkpoint at all: told below
         named = []
+    is_archive = zipfile.is_zipfile(path)  # the format of torch 1.6 and later, which alone can be mapped
     inert: list[Any] = [(_ArrayBookkeeping if name.startswith("numpy.") else _Bookkeeping, name) for name in named]
     try:
+        size = _check_archive(path) if is_archive else None
         with torch.serialization.safe_globals(inert):
-            # Only the zip format of torch 1.6 and later can be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        if size is not None and _bytes_claimed(contents) > size:  # mapped, it would be read on behind its end
+            raise ValueError("its tensors claim more numbers than it holds")
+        return contents
     except pickle.UnpicklingError as error:  # torch's own words recommend to run the code in the file
         raise ValueError(
             f"{str(path)!r} is not a checkpoint that can be read safely: it is of another format, is damaged, or needs "
@@ -184,11 +228,44 @@ def read_checkpoint(path: Path) -> Any:
         raise ValueError(f"{str(path)!r} is not a checkpoint that can be read safely: {_reason(error)}.") from error
 
 
+def _check_archive(path: Path) -> int:
+    """Bytes of data that a zip file of weights says that it holds.
+
+    Raises:
+        ValueError: a name is there twice, so that readers may differ in what they read, or most of it is compression.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    names = [member.filename for member in members]
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    if twice:
+        raise ValueError(f"it holds {listed(twice)} twice")
+    if sum(member.file_size for member in members) > _MOST_COMPRESSION * path.stat().st_size:
+        raise ValueError(f"it would grow to more than {_MOST_COMPRESSION} times its size")
+    return sum(member.file_size for member in members if "/data/" in member.filename)
+
+
+def _bytes_claimed(contents: Any) -> int:
+    """Of all storages of the tensors in nested containers, each counted once."""
+    storages, seen, waiting = {}, set(), [contents]
+    while waiting:
+        item = waiting.pop()
+        if torch.is_tensor(item) and item.layout == torch.strided and item.device.type == "cpu":
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            waiting += item.values() if isinstance(item, dict) else item
+    return sum(storages.values())
+
+
 def _reason(error: Exception) -> str:
-    """The first line of what torch or numpy says of a file; other errors are only what its bytes happened to do."""
-    if not isinstance(error, RuntimeError | ValueError | zipfile.BadZipFile) or not str(error).strip():
+    """The first sentence of what torch or numpy says of a file; others are only what its bytes happened to do."""
+    words = str(error).strip()
+    if not isinstance(error, RuntimeError | ValueError | zipfile.BadZipFile) or not words or " at 0x" in words:
         return "it is of another format or damaged"
-    return str(error).strip().splitlines()[0].rstrip(".")
+    if "can't allocate memory" in words:
+        return "it claims more numbers than the memory holds"
+    return words.splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {

@@ -16,6 +16,17 @@ _NOT_ARCHITECTURE |= {"encoder_stride", "initializer_factor", "initializer_range
 _NOT_ARCHITECTURE |= {"image_size", "tap_layer", "out_indices"}
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_of_type(stored: Tensor, wanted: Tensor) -> bool:
+    """Whether numbers of a file can stand for those of a model: whole ones for whole ones, and floats for floats.
+
+    Floats of 8 bits and less mean nothing without their scales.
+    """
+    return stored.dtype in _FLOATS if wanted.is_floating_point() else not stored.is_floating_point()
+
+
 def check_fit(where: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
     """Holds the tensors of a checkpoint to those of a model: names, shapes, and where numbers are whole.
 
@@ -34,7 +45,7 @@ def check_fit(where: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tenso
         mistyped=[
             f"{key} {theirs[key].dtype} instead of {tensor.dtype}"
             for key, tensor in ours.items()
-            if key in theirs and theirs[key].is_floating_point() != tensor.is_floating_point()
+            if key in theirs and not is_of_type(theirs[key], tensor)
         ],
     )
 
@@ -83,9 +94,9 @@ def _architecture(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def listed(keys: Iterable, most: int = 5) -> str:
-    """The first names in order, and how many more there are."""
-    names = sorted(str(key) for key in keys)
+    """The first names in order, and how many more there are; what would not be printed as it is is escaped."""
+    names = sorted(name if name.isprintable() else repr(name)[1:-1] for name in map(str, keys))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-__all__ = ["check_finite", "check_fit", "check_same_architecture", "listed", "report_misfit"]
+__all__ = ["check_finite", "check_fit", "check_same_architecture", "is_of_type", "listed", "report_misfit"]

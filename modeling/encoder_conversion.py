@@ -1,6 +1,7 @@
 """Published weights become a folder in Transformers' format, whole or not at all."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -157,7 +158,7 @@ def check_target(folder: Path, source: Path | None = None) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; the output must be a folder.")
     if source is not None:
-        here, there = source.resolve(), folder.resolve()
+        here, there = (Path(os.path.realpath(path)) for path in (source, folder))  # links may go round in circles
         if here.is_relative_to(there) or there.is_relative_to(here):
             raise ValueError(f"The output {str(folder)!r} and the source {str(source)!r} overlap: give a new folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -206,7 +207,7 @@ def is_transformers_folder(source: Path) -> bool:
     try:
         fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
         return isinstance(fields, dict) and "model_type" in fields
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(config)!r} is not JSON: {error}.") from error
 
 

@@ -7,6 +7,7 @@ neutral and is never trained: the config says `output_norm="parameter_free"`, wh
 """
 
 import copy
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,11 +31,11 @@ from transformers.utils import logging
 
 from ..configuration.configuration_tapped_timm import TappedTimmConfig
 from ..configuration.named_encoders import ENCODERS, NamedEncoder, get_named_encoder
-from ..configuration.taps import CLASSIFIERS_LACK_NORM, tapped_config, vision_part
+from ..configuration.taps import says_its_norm, tapped_config, vision_part
 from ..configuration.timm_stages import tapped_timm_config
 from .checkpoint_files import FILES_OF_A_REPOSITORY, read_state_dict, shards_of
 from .checkpoint_layout import StateDict
-from .checkpoint_report import check_fit, check_same_architecture, listed, report_misfit
+from .checkpoint_report import check_fit, check_same_architecture, is_of_type, listed, report_misfit
 from .modeling_tapped_timm import TappedTimmBackbone
 from .published_weights import PublishedWeights, on_meta, read_published
 from .timm_backbones import load_timm_encoder, names_in_whole
@@ -51,6 +52,8 @@ _IDLE_NORM = "swin.layernorm."
 
 _PART_PREFIX = r"^(?:model\.)?(?:vision_tower|vision_model|vision_encoder|backbone)\.(?:vision_model\.)?"
 """Under what names models that contain a vision model keep it (LLaVA, CLIP, AIMv2, UPerNet, ...)."""
+
+_MOST_BLOCKS = 10_000
 
 _TIMM = "timm/"
 """Owner of timm's repositories on the Hub."""
@@ -114,7 +117,7 @@ def _freeze_neutral_norms(backbone: PreTrainedModel) -> PreTrainedModel:
 
 def _is_parameter_free(config: PreTrainedConfig) -> bool:
     """Whether a stock Backbone has to have a norm at its tap that does nothing but norm."""
-    return config.model_type in CLASSIFIERS_LACK_NORM and getattr(config, "output_norm", None) == "parameter_free"
+    return says_its_norm(config) and getattr(config, "output_norm", None) == "parameter_free"
 
 
 def check_encoder(name_or_dir: str | PathLike, tap: str | None = None) -> None:
@@ -244,12 +247,14 @@ def _check_numbers(source: str | PathLike, model: PreTrainedModel, whole: bool) 
         stored = next((file for file in cached if isinstance(file, str)), None)
     if stored is None:
         return
-    floating = {key.rpartition(".")[2] for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    wanted = {
+        key.rpartition(".")[2]: tensor for key, tensor in model.state_dict().items() if tensor.is_floating_point()
+    }
     mistyped = [
         f"{key} {tensor.dtype} instead of {model.dtype}"
         for key, tensor in read_state_dict(stored).items()
-        if key.rpartition(".")[2] in floating
-        and not tensor.is_floating_point()
+        if (name := key.rpartition(".")[2]) in wanted
+        and not is_of_type(tensor, wanted[name])
         and (whole or re.match(_PART_PREFIX, key))
     ]
     report_misfit(str(source), missing=(), unexpected=(), misshaped=(), mistyped=mistyped)
@@ -281,6 +286,11 @@ def _damage_in_one_sentence(source: str | PathLike) -> Iterator[None]:
     """What safetensors and Transformers say of files that are missing or damaged."""
     try:
         yield
+    except pickle.UnpicklingError as error:  # torch's own words recommend to run the code in the file
+        raise ValueError(
+            f"The weights in {str(source)!r} cannot be read safely: they are of another format, are damaged, or need "
+            "code of their own to run."
+        ) from error
     except (SafetensorError, RuntimeError, OSError, ValueError, TypeError, KeyError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         kind = OSError if isinstance(error, OSError) else ValueError
@@ -297,14 +307,15 @@ def _part_class(whole: PreTrainedModel, part: PreTrainedConfig) -> type[PreTrain
 
 def _saved_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that saved a checkpoint, by the name in its config; without one the Auto class decides."""
-    for name in config.architectures or ():
+    for name in filter(lambda name: isinstance(name, str), config.architectures or ()):
         for auto in (AutoBackbone, AutoModelForImageClassification, AutoModel):
             model_class = auto._model_mapping.get(type(config), None)
             for candidate in model_class if isinstance(model_class, tuple) else (model_class,):
                 if candidate is not None and candidate.__name__ == name:
                     return candidate
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        stock = getattr(transformers, name, None)
+        if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+            return stock
     if type(config) in _MODELS:
         return _MODELS[type(config)]
     raise ValueError(f"A {config.model_type!r} checkpoint is of no model class that is known here.")
@@ -317,13 +328,23 @@ def saved_config(source: str | PathLike) -> PreTrainedConfig:
         ValueError, OSError: there is none, or it cannot be read.
     """
     try:
-        return AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _check_depth(vision_part(config))
+        return config
     except Exception as error:  # configs check their fields, each in its own way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         name = str(source)
         where = "No model can be read from the folder" if Path(name).is_dir() else "No folder or model on the Hub is"
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{where} {name!r}: {reason}") from error
+
+
+def _check_depth(config: PreTrainedConfig) -> None:
+    """Raises ValueError for numbers of blocks that no encoder has: it would take forever to build."""
+    depth = getattr(config, "num_hidden_layers", 1)
+    for blocks in [depth, *(getattr(config, "depths", None) or ())]:
+        if not isinstance(blocks, int) or not 0 <= blocks <= _MOST_BLOCKS:
+            raise ValueError(f"it says that the encoder has {blocks!r} blocks.")
 
 
 def _is_tapped(config: PreTrainedConfig) -> bool:
@@ -406,7 +427,7 @@ def tap_whole(
     """
     tapped = _on_meta(config)
     picked, is_normed = _tensors_of(tapped, tensors, model_class, where)
-    if config.model_type in CLASSIFIERS_LACK_NORM:
+    if says_its_norm(config):
         config = copy.deepcopy(config)
         config.output_norm = "layernorm" if is_normed else "parameter_free"
     dtype = next(tensor.dtype for tensor in picked.values() if tensor.is_floating_point())

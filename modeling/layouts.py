@@ -1,5 +1,6 @@
 """The table of file layouts that published weights come in."""
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -41,6 +42,7 @@ def recognise_layout(tensors: Mapping[str, Tensor], where: str) -> str:
     Raises:
         ValueError: for a file of no known layout.
     """
+    _check_indices(tensors, where)
     for name, layout in LAYOUTS.items():
         if layout.recognises(tensors):
             return name
@@ -56,6 +58,19 @@ def recognise_layout(tensors: Mapping[str, Tensor], where: str) -> str:
         f"{where} holds {len(tensors)} tensors ({listed(tensors, most=3)}) in none of the layouts that are known: "
         f"{', '.join(LAYOUTS)}."
     )
+
+
+def _check_indices(tensors: Mapping[str, Tensor], where: str) -> None:
+    """A layout builds as many blocks as the names count: no more than there are tensors.
+
+    Raises:
+        ValueError: a name counts further.
+    """
+    most = len(str(len(tensors)))
+    for key in tensors:
+        numbers = re.findall(r"(?<![^._])\d+(?![^._])", key)
+        if any(len(number) > most or int(number) > len(tensors) for number in numbers):
+            raise ValueError(f"{where} holds {len(tensors)} tensors, but one is {listed([key])[:200]}.")
 
 
 def without_wrapper(tensors: StateDict) -> StateDict:

@@ -24,7 +24,7 @@ from ssm_vlm.configuration.configuration_hidden_state_backbone import HiddenStat
 from ssm_vlm.configuration.configuration_llava_style import LlavaStyleConfig
 from ssm_vlm.configuration.configuration_ssm_vision import SSMVisionConfig
 from ssm_vlm.configuration.named_encoders import ENCODERS
-from ssm_vlm.configuration.taps import CLASSIFIERS_LACK_NORM, STAGE_CUTS, tapped_config
+from ssm_vlm.configuration.taps import STAGE_CUTS, says_its_norm, tapped_config
 from ssm_vlm.modeling.encoder_loading import tap_whole
 from ssm_vlm.modeling.token_grid import encoder_downsampling, grid_size
 
@@ -180,7 +180,7 @@ class TestOwn:
         """Transformers keeps any argument as an attribute, and then no published config would be equal."""
         config = ENCODERS[name].config()
         config = getattr(config, "vision_config", config)
-        if config.model_type in CLASSIFIERS_LACK_NORM:
+        if says_its_norm(config):
             assert config.output_norm == "parameter_free"
             del config.output_norm
         known = {field.name for field in dataclasses.fields(config)} | set(type(config)().to_dict())

@@ -1,7 +1,9 @@
 """`ssm-vlm convert` and sources that are damaged, unsafe or something else: one sentence, and nothing is left."""
 
+import builtins
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,10 @@ def _last_weight(tensors):
     return next(key for key in reversed(tensors) if key.endswith("weight") and tensors[key].is_floating_point())
 
 
+def _a_block(tensors):
+    return next(key for key in tensors if "blocks." in key or "levels." in key)
+
+
 def _some_with(number):
     def change(tensors):
         key = _last_weight(tensors)
@@ -88,6 +94,8 @@ DAMAGES = {
     "whole numbers": lambda t: t | {_last_weight(t): t[_last_weight(t)].to(torch.int64)},
     "NaN": _some_with(float("nan")),
     "infinity": _some_with(float("inf")),
+    "8 bits": lambda t: t | {_last_weight(t): t[_last_weight(t)].to(torch.float8_e4m3fn)},
+    "counted too far": lambda t: t | {re.sub(r"\.\d+\.", ".99999999.", _a_block(t)): torch.ones(1)},
     "one too many": lambda t: t | {next(iter(t)).rpartition(".")[0] + ".unheard_of": torch.ones(2)},
 }
 
@@ -144,6 +152,116 @@ def test_files_that_are_something_else(refused, tmp_path, suffix, text):
     assert str(file) in refused(file)
 
 
+def rezipped(file, change):
+    """A torch file as somebody else packs it: `change` of name and bytes gives what is written in its place."""
+    torch.save({"model": weights_of("timm_vit")}, file.with_name("whole.pth"))
+    with zipfile.ZipFile(file.with_name("whole.pth")) as whole, zipfile.ZipFile(file, "w") as packed:
+        for member in whole.infolist():
+            for contents, how in change(member.filename, whole.read(member)):
+                packed.writestr(member.filename, contents, how)
+    return file
+
+
+STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+ZIPS = {
+    "less than claimed": (
+        lambda name, data: [(data[:4] if name.endswith("data/3") else data, STORED)],
+        "its tensors claim more numbers than it holds",
+    ),
+    "twice": (
+        lambda name, data: [(data, STORED)] * (1 + name.endswith("data/3")),
+        "it holds whole/data/3 twice",
+    ),
+    "lost": (lambda name, data: [] if name.endswith("data/3") else [(data, STORED)], "data/3: file not found."),
+    "compressed": (lambda name, data: [(data, DEFLATED)], "is not a checkpoint that can be read safely"),
+    "a bomb": (
+        lambda name, data: [(bytes(10**8) if name.endswith("data/3") else data, DEFLATED)],
+        "it would grow to more than 100 times its size",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("case", ZIPS)
+def test_zip_files_that_are_not_as_torch_writes_them(case, refused, tmp_path):
+    change, message = ZIPS[case]
+    assert message in refused(rezipped(tmp_path / "file.pth", change))
+
+
+def test_a_file_that_was_only_packed_again_is_read(tmp_path):
+    """The twin of the test above."""
+    file = rezipped(tmp_path / "file.pth", lambda name, data: [(data, STORED)])
+    assert cli.main(["convert", str(file), "--output", str(tmp_path / "out")]) == 0
+    converted = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(converted["vit.embeddings.cls_token"], weights_of("timm_vit")["cls_token"])
+
+
+TENSORS = {
+    "expanded": (
+        lambda t: t | {"pos_embed": torch.zeros(1).expand(1, 10_001, 32)},
+        "pos_embed, of shape (1, 10001, 32), but not so many numbers",
+    ),
+    "sparse": (
+        lambda t: t | {"head.weight": t["head.weight"].to_sparse()},
+        "head.weight, which is sparse, quantised or",
+    ),
+    "without values": (
+        lambda t: t | {"head.weight": t["head.weight"].to("meta")},
+        "head.weight, which is sparse, quan",
+    ),
+    "named by a number": (lambda t: t | {5: torch.ones(1)}, "a tensor whose name is 5 and no text"),
+    "named by nothing": (lambda t: {None: torch.ones(1)}, "a tensor whose name is None and no text"),
+    "control characters": (
+        lambda t: t | {"\x1b[2J\nerror: harmless": torch.ones(1)},
+        r"has undeclared \x1b[2J\nerror: harmless.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_are_none(case, refused, tmp_path):
+    change, message = TENSORS[case]
+    torch.save({"model": change(weights_of("timm_vit"))}, tmp_path / "file.pth")
+    assert message in refused(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("case", ["a bomb", "twice"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_archives_of_arrays(case, refused, tmp_path):
+    arrays = dict(np.load(FIXTURES / "vit_jax.npz"))
+    with zipfile.ZipFile(tmp_path / "file.npz", "w", DEFLATED) as archive:
+        for name, array in arrays.items():
+            for _ in range(1 + (case == "twice" and name == "cls")):
+                array = np.zeros(10**8, np.int8) if case == "a bomb" and name == "cls" else array
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, array)
+    message = "it holds cls.npy twice" if case == "twice" else "it would grow to more than 100 times its size"
+    assert message in refused(tmp_path / "file.npz")
+
+
+@pytest.mark.parametrize("case", ["in two shards", "in another shard", "in no shard"])
+def test_shards_that_are_not_as_their_index_says(case, refused, tmp_path):
+    tensors = weights_of("timm_vit")
+    halves = [dict(list(tensors.items())[:20]), dict(list(tensors.items())[20:])]
+    places = {key: f"{n}.safetensors" for n, half in enumerate(halves) for key in half}
+    first = next(iter(tensors))
+    if case == "in two shards":
+        halves[1][first] = tensors[first] + 1
+    else:
+        places[first if case == "in another shard" else "ghost"] = "1.safetensors"
+    (tmp_path / "source").mkdir()
+    for n, half in enumerate(halves):
+        save_file(half, tmp_path / f"source/{n}.safetensors")
+    (tmp_path / "source/model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    told = refused(tmp_path / "source")
+    assert "only one of the two has " in told and ("ghost" if case == "in no shard" else first) in told
+
+
+def test_links_in_a_circle(refused, tmp_path):
+    (tmp_path / "file.pth").symlink_to("file.pth")
+    assert "There is no checkpoint file" in refused(tmp_path / "file.pth")
+
+
 INDEXES = {
     "no map": ("{}", "has no weight_map"),
     "no JSON": ("nonsense", "has no weight_map"),
@@ -154,6 +272,7 @@ INDEXES = {
         '{"weight_map": {"a": "model.safetensors.index.json"}}',
         "outside its own folder or is no file of weights",
     ),
+    "deep": ('{"a":' * 100_000 + "1" + "}" * 100_000, "has no weight_map"),
     "a number": ('{"weight_map": {"a": 5}}', "outside its own folder or is no file of weights"),
     "gone": ('{"weight_map": {"a": "gone.safetensors"}}', ""),
 }
@@ -176,6 +295,12 @@ CONFIGS = {
     "a list": ("[]", "no checkpoint file"),
     "a number": ("5", "no checkpoint file"),
     "unknown": ('{"model_type": "unheard_of"}', "No model can be read from the folder"),
+    "deep": ('{"a":' * 100_000 + "1" + "}" * 100_000, "is not JSON"),
+    "too many blocks": (
+        json.dumps(ViTConfig().to_dict() | {"num_hidden_layers": 10**8}),
+        "it says that the encoder has 100000000 blocks",
+    ),
+    "less than no block": (json.dumps(ViTConfig().to_dict() | {"num_hidden_layers": -1}), "the encoder has -1 blocks"),
     "words for numbers": ('{"model_type": "vit", "hidden_size": "wide"}', "No model can be read from the folder"),
     "text": (json.dumps(BertConfig().to_dict()), "holds no vision encoder that can be used: A 'bert' model"),
     "no weights": (json.dumps(ViTConfig().to_dict()), "The weights in"),
@@ -197,7 +322,7 @@ def small_vit(folder):
     return folder / "model.safetensors"
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
 def test_whole_numbers_in_transformers_format(form, dtype, refused, tmp_path):
     """Transformers would cast them without a word."""
@@ -230,6 +355,36 @@ def test_buffers_of_whole_numbers_are_no_damage(tmp_path):
     key = "vision_model.embeddings.position_ids"
     save_file(load_file(file) | {key: torch.arange(5)[None]}, file, metadata={"format": "pt"})
     assert cli.main(["convert", str(tmp_path / "clip"), "--output", str(tmp_path / "out")]) == 0
+
+
+class Runs:
+    def __reduce__(self):
+        return exec, ("import builtins; builtins.pickle_ran = True",)
+
+
+def test_code_beside_transformers_format_does_not_run(refused, tmp_path):
+    """Neither what is in the place of weights, nor files that a config asks for; torch's advice is not passed on."""
+    file = small_vit(tmp_path / "source")
+    torch.save(load_file(file) | {"vit.extra": Runs()}, file.with_name("pytorch_model.bin"))
+    file.unlink()
+    told = refused(tmp_path / "source")
+    assert "cannot be read safely" in told and "weights_only" not in told and not hasattr(builtins, "pickle_ran")
+    fields = {"model_type": "unheard_of", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+    (tmp_path / "source/config.json").write_text(json.dumps(fields))
+    (tmp_path / "source/evil.py").write_text("import builtins; builtins.pickle_ran = True; Config = Model = object")
+    refused(tmp_path / "source")
+    assert not hasattr(builtins, "pickle_ran")
+
+
+@pytest.mark.parametrize("names", [["pipeline"], ["ViTConfig"], [5, None], ["os.system"]])
+def test_a_class_that_is_none_is_not_taken(names, tmp_path):
+    file = small_vit(tmp_path / "source")
+    fields = json.loads(file.with_name("config.json").read_text()) | {"architectures": names}
+    tensors = {key.removeprefix("vit."): t for key, t in load_file(file).items() if key.startswith("vit.")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.with_name("config.json").write_text(json.dumps(fields))
+    status = cli.main(["convert", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    assert status in (0, 1)  # what it holds decides, and nothing is called
 
 
 @pytest.mark.parametrize("damage", ["cut off", "NaN", "every seventh gone"])
