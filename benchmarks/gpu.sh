@@ -75,6 +75,7 @@ fi
 
 small=vmamba_small_s2l15.in1k_224
 vit=vit_small_patch16.augreg_in1k_224
+copies=(copy_based copy_based_prebuilt copy_based_own_scan)
 benchmark+=(--device cuda --dtype bfloat16)
 # On CUDA the tests of the Triton kernels run natively, and those marked gpu run at all.
 kernel_tests=(tests/modeling/test_selective_scan_2d_triton.py tests/modeling/test_inference.py tests/benchmarks
@@ -83,15 +84,15 @@ limit 150 tests "$python" -m pytest -q -p no:cacheprovider -m "not slow" --durat
 # What the bars compare comes first. --budget bounds what is slow, such as copies that torch's loop scans.
 limit 90 encoder "${benchmark[@]}" encoder --encoder $small $vit --variant default compiled \
     --size 224 512 1024 1536 2048 --batch 1 --rounds 20 --budget 5 --label encoder
-limit 120 op "${benchmark[@]}" op --backend triton copy_based copy_based_prebuilt --shape 14x14x768 56x56x192 --batch 64 \
+limit 120 op "${benchmark[@]}" op --backend triton "${copies[@]}" --shape 14x14x768 56x56x192 --batch 64 \
     --rounds 20 --budget 30 --label op
-limit 75 batch "${benchmark[@]}" encoder --encoder $small $vit --variant default copy_based copy_based_prebuilt \
+limit 75 batch "${benchmark[@]}" encoder --encoder $small $vit --variant default "${copies[@]}" \
     --size 224 --batch 128 --rounds 10 --budget 10 --label batch
 limit 55 vlm "${benchmark[@]}" vlm --vlm-encoder $small $vit --connector mlp2 average_pool_mlp2 --size 224 1024 \
     --rounds 5 --budget 4 --language-model 0.5b 7b --label vlm
 limit 40 others "${benchmark[@]}" encoder --variant default --batch 1 --rounds 10 --budget 3 --label others \
     --encoder vmamba_tiny_s1l8.in1k_224 vmamba_base_s2l15.in1k_224 swin_small.in1k_224 convnext_small.in1k_224 \
     vit_base_patch16.augreg_in1k_224 --size 224 384 512 768 1024 800x1333 1536 2048
-limit 30 op-1 "${benchmark[@]}" op --backend naive triton copy_based --shape 56x56x192 56x56x192x16 --batch 1 --rounds 10 \
+limit 30 op-1 "${benchmark[@]}" op --backend naive triton "${copies[@]}" --shape 56x56x192 56x56x192x16 --batch 1 --rounds 10 \
     --budget 3 --label op-1
 exit "$failed"

@@ -17,8 +17,8 @@ from ..modeling import mixers
 from ..modeling.inference import compile_for_inference
 from .benchmark_timing import Call, scan_backend
 
-COPY_BASED = {"copy_based": "sequential_scan", "copy_based_prebuilt": "prebuilt_scan"}
-"""Name beside the library's own backends -> what scans the four copies."""
+COPY_BASED = ("copy_based", "copy_based_prebuilt", "copy_based_own_scan")
+"""Names beside the library's own backends: four copies, scanned by torch's loop, by Mamba's kernel, by the library."""
 
 
 @functools.cache
@@ -34,14 +34,17 @@ def copy_based_baseline() -> ModuleType | None:
     return module
 
 
-def copy_based_scan(backend: str) -> Callable[..., Tensor] | str:
-    """The scan that a copy-based contender runs on its copies, or in words why it cannot."""
+def copy_based_core(variant: str) -> Callable[..., Tensor] | str:
+    """What a copy-based contender runs in the place of scan and projections, or in words why it cannot."""
     baseline = copy_based_baseline()
     if baseline is None:
         return "the copy-based composition is in the benchmarks folder of the checkout, not in an installed package"
-    if backend == "copy_based":
-        return baseline.sequential_scan
-    return baseline.prebuilt_scan() or "neither mamba_ssm's compiled kernel nor the Hub's is there"
+    if variant == "copy_based_own_scan":
+        return baseline.own_scan_core
+    scan = baseline.sequential_scan if variant == "copy_based" else baseline.prebuilt_scan()
+    if scan is None:
+        return "neither mamba_ssm's compiled kernel nor the Hub's is there"
+    return functools.partial(baseline.copy_based_core, scan=scan)
 
 
 def scans(config: PreTrainedConfig) -> bool:
@@ -74,7 +77,7 @@ def encoder_call(
     def call() -> None:
         with contextlib.ExitStack() as stack:
             if backend in COPY_BASED:
-                stack.enter_context(copy_based_baseline().copy_based(encoder, copy_based_scan(backend)))
+                stack.enter_context(copy_based_baseline().copy_based(encoder, copy_based_core(backend)))
             else:
                 stack.enter_context(scan_backend(backend))
             # not inference_mode, under which views cost less than users of a frozen encoder have it

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling.inference import compile_for_inference
-from .benchmark_contenders import COPY_BASED, build_encoder, copy_based_scan, encoder_call, scans, timed_scans
+from .benchmark_contenders import COPY_BASED, build_encoder, copy_based_core, encoder_call, scans, timed_scans
 from .benchmark_settings import BOTH, FORWARD, Row, Settings
 from .benchmark_timing import clock_of, peak_memory
 from .encoder_cost import encoder_cost
@@ -68,7 +68,7 @@ def _encoder_rows_at(
         for variant in variants:
             if variant not in ("default", "compiled") and not scans(encoder.config):
                 continue
-            reason = copy_based_scan(variant) if variant in COPY_BASED else None
+            reason = copy_based_core(variant) if variant in COPY_BASED else None
             if isinstance(reason, str):
                 settings.skip(f"encoder {name}, {variant}", reason)
                 continue

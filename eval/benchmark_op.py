@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling.ops.selective_scan_2d import selective_scan_2d
-from .benchmark_contenders import COPY_BASED, copy_based_baseline, copy_based_scan
+from .benchmark_contenders import COPY_BASED, copy_based_core
 from .benchmark_settings import BOTH, FORWARD, Row, Settings, describe
 from .benchmark_timing import Call
 
@@ -115,15 +115,11 @@ def _op_contenders(
     contenders = {}
     for backend in backends:
         if backend in COPY_BASED:
-            scan = copy_based_scan(backend)
-            if isinstance(scan, str):
-                settings.skip(f"op, {backend}", scan)
+            core = copy_based_core(backend)
+            if isinstance(core, str):
+                settings.skip(f"op, {backend}", core)
                 continue
-            core = copy_based_baseline().copy_based_core
-            contenders[backend] = of(
-                lambda *inputs, core=core, scan=scan: core(*inputs, scan=scan),
-                [x.permute(0, 3, 1, 2).contiguous(), weight, *parameters],
-            )
+            contenders[backend] = of(core, [x.permute(0, 3, 1, 2).contiguous(), weight, *parameters])
             continue
 
         def whole(x, weight, *parameters, backend=backend):

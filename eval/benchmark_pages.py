@@ -16,7 +16,8 @@ from .benchmark_settings import Row
 README_SIZES = (224, 512, 1024, 2048)
 README_VARIANTS = {
     "default": "", "compiled": ", compiled for inference", "chunked": ", without a compiler",
-    "copy_based": ", copy-based", "copy_based_prebuilt": ", copy-based with a prebuilt kernel",
+    "copy_based": ", copy-based", "copy_based_prebuilt": ", copy-based, Mamba's kernel",
+    "copy_based_own_scan": ", copy-based, our 1-D scan",
 }  # fmt: skip
 MARKERS = "<!-- performance -->", "<!-- /performance -->"
 PAGE, PICTURE = "performance.md", "performance.png"

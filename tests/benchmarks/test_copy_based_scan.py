@@ -36,14 +36,15 @@ def oracle(x, x_proj_weight, dt_weight, dt_bias, a_log, d):
     return selective_scan_2d_naive(x, low_rank, b, c, dt_weight, dt_bias, a_log, d).permute(0, 3, 1, 2)
 
 
+@pytest.mark.parametrize("core", [copy_based_scan.copy_based_core, copy_based_scan.own_scan_core])
 @pytest.mark.parametrize("states", [1, 4])
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 7), (5, 3)])
-def test_equals_the_naive_loop_forward_and_backward(height, width, states):
+def test_equals_the_naive_loop_forward_and_backward(height, width, states, core):
     tensors = {name: tensor.requires_grad_() for name, tensor in inputs(height, width, states).items()}
     weights = torch.randn_like(tensors["x"])
     found = []
-    for core in (copy_based_scan.copy_based_core, oracle):
-        out = core(**tensors)
+    for function in (core, oracle):
+        out = function(**tensors)
         found.append([out, *torch.autograd.grad((out * weights).sum(), list(tensors.values()))])
     for ours, expected in zip(*found, strict=True):
         # A rate is float32 in Mamba's kernel, and so it is here.
@@ -58,12 +59,13 @@ def test_a_wrong_order_is_noticed(monkeypatch):
     assert (wrong - oracle(**tensors)).abs().max() > 1e-2 * wrong.abs().max()
 
 
-def test_whole_encoder_gives_the_same_map_and_is_left_as_it_was():
+@pytest.mark.parametrize("core", [copy_based_scan.copy_based_core, copy_based_scan.own_scan_core])
+def test_whole_encoder_gives_the_same_map_and_is_left_as_it_was(core):
     encoder = build_encoder("digit_vmamba.digitscenes_64")
     pixels = torch.randn(1, 3, 24, 40)
     with torch.no_grad():
         expected = encoder(pixels).feature_maps[-1]
-        with copy_based_scan.copy_based(encoder):
+        with copy_based_scan.copy_based(encoder, core):
             found = encoder(pixels).feature_maps[-1]
         again = encoder(pixels).feature_maps[-1]
     assert not torch.equal(found, expected)  # it did run

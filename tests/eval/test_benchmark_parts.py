@@ -101,8 +101,16 @@ def test_a_kernel_that_compiles_in_its_first_call_is_not_over_the_budget():
 def test_the_scan_is_measured_against_its_baselines():
     shape = benchmark_op.OpShape.parse("3x2x32")
     settings = quiet()
-    forward, both = benchmark_op.op_rows([shape], [2], ["naive", "chunked", "copy_based", "triton"], settings)
-    assert [row["variant"] for row in forward] == ["naive", "chunked", "chunked alone", "copy_based"]
+    forward, both = benchmark_op.op_rows(
+        [shape], [2], ["naive", "chunked", "copy_based", "copy_based_own_scan", "triton"], settings
+    )
+    assert [row["variant"] for row in forward] == [
+        "naive",
+        "chunked",
+        "chunked alone",
+        "copy_based",
+        "copy_based_own_scan",
+    ]
     assert {row["passes"] for row in both} == {"forward+backward"}
     assert all(row["bytes_per_second"] == row["compulsory_bytes"] / row["median"] for row in forward + both)
 
