@@ -1,6 +1,7 @@
 """The compiled backend: when it is built, what is logged, and what runs where it cannot be built."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,33 @@ def test_a_failing_compiler_is_told_once_and_the_scan_runs(fresh, log, monkeypat
     assert list(fresh.iterdir()) == []
 
 
+@pytest.mark.parametrize("compiler", ["true", 'c++ "unbalanced', sys.executable, "cp -r"])
+def test_nonsense_in_place_of_a_compiler_is_told_once(compiler, fresh, log, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    for _ in range(2):
+        assert selective_scan_2d(*make_inputs(*LARGE, torch.float32)).isfinite().all()
+    (told,) = (message for message in log.messages if "cannot be used" in message)
+    assert "The variable CXX names the compiler" in told
+
+
+def test_an_empty_name_of_a_compiler_is_none(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "")
+    assert all(command[0] == "c++" for command in cpp._compile_commands("source", "built"))
+
+
+def test_threads_are_those_of_the_runtime_that_torch_brings(monkeypatch, tmp_path):
+    (tmp_path / "lib").mkdir()
+    runtime = tmp_path / "lib" / "libgomp-a34b3233.so.1"
+    runtime.touch()
+    monkeypatch.setenv("CXX", "ccache clang++ -O2")
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    torchs, compilers, none = cpp._compile_commands("source", "built")
+    assert torchs[:3] == ["ccache", "clang++", "-O2"] and torchs[-2:] == ["-DWITH_THREADS", str(runtime)]
+    assert compilers == [*none, "-DWITH_THREADS", "-fopenmp"] and "-fopenmp" not in torchs + none
+    runtime.unlink()
+    assert cpp._compile_commands("source", "built") == [compilers, none]
+
+
 def test_a_folder_that_cannot_be_written_is_no_obstacle(fresh, monkeypatch):
     fresh.write_text("a file where the folder would be")
     monkeypatch.setenv("CXX", sys.executable)
@@ -107,6 +135,29 @@ def test_large_maps_build_once_even_from_several_processes(fresh, log):
     assert [m for m in log.messages if m.startswith("selective_scan_2d: backend cpp, because it is the fastest that")]
     assert not any("compiling" in message for message in log.messages)
     assert built.stat().st_mtime_ns == modified
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_worker_scans_after_its_parent_did():
+    """As in a DataLoader: OpenMP's threads do not survive a fork, so that workers have one."""
+    program = f"""
+import os, sys, signal, torch
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_selective_scan_2d import make_inputs
+from ssm_vlm.modeling.ops.selective_scan_2d import selective_scan_2d
+inputs = make_inputs(2, 8, 8, 128, 2, 1, torch.float32)
+torch.set_num_threads(2)
+expected = selective_scan_2d(*inputs, backend="cpp")
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    torch.set_num_threads(1)
+    os._exit(0 if torch.equal(selective_scan_2d(*inputs, backend="cpp"), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
 def test_importing_the_library_builds_nothing(tmp_path):

@@ -26,8 +26,6 @@ from .cpp_source import SOURCE
 
 logger = logging.get_logger(__name__)
 
-LOG2_E = 1.4426950408889634
-
 MIN_WORK = 1 << 17
 """Positions times channels, directions and states from which on compiled code runs where nothing else is asked for.
 Less takes a millisecond or two in any way and is not worth a build. Nothing but the shapes decides, so that a result
@@ -39,21 +37,30 @@ INSTRUCTIONS = {"AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"
 """Flags for what torch finds the CPU capable of. A folder that unlike machines share holds a library for each."""
 
 
-def _compile_commands() -> list[list[str]]:
-    """To be tried in turn: not every compiler has OpenMP; without it there is one thread."""
+def _compiler() -> list[str]:
     from torch.utils.cpp_extension import get_cxx_compiler
 
+    return shlex.split(get_cxx_compiler()) or ["c++"]
+
+
+def _compile_commands(source: str, built: str) -> list[list[str]]:
+    """To be tried in turn: with the threads of torch's own OpenMP runtime, where torch brings one, whatever its name;
+    with those of the compiler's; with one thread. A second runtime beside torch's costs: its idle threads compete with
+    torch's for the processor (an encoder's pass took 20 % longer with another libgomp, twice as long with libomp)."""
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared"]
-    command = [*shlex.split(get_cxx_compiler()), *flags, *instructions]
-    return [[*command, "-fopenmp"], command]
+    command = [*_compiler(), *flags, *instructions, source, "-o", built]
+    runtimes = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    threaded = [[*command, "-DWITH_THREADS", *link] for link in (runtimes, ["-fopenmp"]) if link]
+    return [*threaded, command]
 
 
 def _library_path() -> Path:
     from torch.utils.cpp_extension import get_default_build_root
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    parts = [SOURCE, platform.system(), platform.machine(), *(word for words in _compile_commands() for word in words)]
+    commands = [word for command in _compile_commands("", "") for word in command]
+    parts = [SOURCE, platform.system(), platform.machine(), *commands]
     return Path(root) / f"ssm_vlm_scan_{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.so"
 
 
@@ -64,10 +71,8 @@ def _build(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, built = Path(folder) / "scan.cpp", Path(folder) / path.name
         source.write_text(SOURCE, encoding="utf-8")
-        for command in _compile_commands():
-            done = subprocess.run(
-                [*command, str(source), "-o", str(built)], capture_output=True, text=True, timeout=BUILD_SECONDS
-            )
+        for command in _compile_commands(str(source), str(built)):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
             if done.returncode == 0:
                 built.replace(path)
                 return
@@ -83,7 +88,7 @@ def library() -> ctypes.CDLL | str:
             with contextlib.suppress(OSError):  # cut short, or built against what is no longer there
                 functions = ctypes.CDLL(str(path))
         if functions is None:
-            compiler = _compile_commands()[-1][0]
+            compiler = _compiler()[0]
             if shutil.which(compiler) is None:
                 return f"there is no C++ compiler ({compiler})"
             logger.info("selective_scan_2d: compiling for this CPU, once, into %s.", path)
@@ -91,8 +96,12 @@ def library() -> ctypes.CDLL | str:
             functions = ctypes.CDLL(str(path))
         functions.ssm_vlm_scan_blocks.restype = ctypes.c_int64
         return functions
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.warning("selective_scan_2d: the compiled backend cannot be used. %s", error)
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        logger.warning(
+            "selective_scan_2d: the compiled backend cannot be used, a slower one runs. %s (The variable CXX names the "
+            "compiler, TORCH_EXTENSIONS_DIR the folder of what is built.)",
+            error,
+        )
         return f"building or loading it raised {type(error).__name__}"
 
 
@@ -110,17 +119,6 @@ def _as_map(values: Tensor, dtype: torch.dtype) -> Tensor:
     """In `dtype`, with its last dimension contiguous; the others may be strided."""
     values = values.to(dtype)
     return values if values.stride(-1) == 1 else values.contiguous()
-
-
-def _parameters(weight: Tensor, bias: Tensor, a_log: Tensor, d: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Weight [K, R, E], bias [K, E], decay rates over log 2 [K, N, E], and the skip of all directions [E]."""
-    rate_log2 = torch.exp(a_log.to(dtype)).mul_(-LOG2_E)
-    return [
-        weight.to(dtype).transpose(1, 2).contiguous(),
-        bias.to(dtype).contiguous(),
-        rate_log2.transpose(1, 2).contiguous(),
-        d.to(dtype).sum(0),
-    ]
 
 
 def _call(maps: list[Tensor], parameters: list[Tensor], grad: Tensor | None, outputs: list[Tensor]) -> None:
@@ -142,7 +140,7 @@ def forward(
     dtype = torch.promote_types(x.dtype, torch.float32)
     maps = [_as_map(values, dtype) for values in (x, dt_low_rank, b, c)]
     out = maps[0].new_empty(x.shape)
-    _call(maps, _parameters(dt_weight, dt_bias, a_log, d, dtype), None, [out])
+    _call(maps, [values.to(dtype).contiguous() for values in (dt_weight, dt_bias, a_log, d)], None, [out])
     return out.to(x.dtype)
 
 
@@ -161,7 +159,7 @@ def backward(
     inputs = (x, dt_low_rank, b, c, dt_weight, dt_bias, a_log, d)
     dtype = torch.promote_types(x.dtype, torch.float32)
     grad, *maps = (_as_map(values, dtype) for values in (grad, *inputs[:4]))
-    parameters = _parameters(dt_weight, dt_bias, a_log, d, dtype)
+    parameters = [values.to(dtype).contiguous() for values in inputs[4:]]
     batch, height, width, channels = x.shape
     directions, rank, states = (*dt_low_rank.shape[3:], b.shape[4])
     blocks = library().ssm_vlm_scan_blocks(
@@ -172,14 +170,14 @@ def backward(
     grad_parameters = grad.new_empty(batch, directions, rank + 1 + states, channels)
     grad_skip = grad.new_empty(batch, channels)
     _call(maps, parameters, grad, [grad_x, grad_maps, grad_parameters, grad_skip])
-    of_weight, of_bias, of_rate = grad_parameters.sum(0).split([rank, 1, states], dim=1)
+    of_weight, of_bias, of_a_log = grad_parameters.sum(0).split([rank, 1, states], dim=1)
     of_maps = [part.sum(0) for part in grad_maps.split([rank, states, states], dim=-1)]
     grads = (
         grad_x,
         *of_maps,
         of_weight.transpose(1, 2).contiguous(),
         of_bias[:, 0].clone(),
-        (of_rate * parameters[2]).transpose(1, 2).contiguous() / LOG2_E,  # d rate / d a_log = rate
+        of_a_log.transpose(1, 2).contiguous(),
         grad_skip.sum(0).repeat(directions, 1),
     )
     return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(grads, inputs, strict=True))

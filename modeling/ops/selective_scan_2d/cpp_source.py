@@ -6,10 +6,17 @@ SOURCE = r"""// The four-direction selective scan of a channels-last map and its
 // tiles of a few positions: gather, step sizes, recurrence, merge. No two tasks write to the same memory. The gradient
 // runs forwards keeping the states at each tile's start, then backwards through the tiles, recomputing all else.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#if defined(WITH_THREADS)
+// What compilers make of an OpenMP parallel region. Called by name so that any compiler can use the runtime that is
+// there, torch's: the idle threads of a second one would compete with torch's for the processor.
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+#endif
 
 namespace {
 
@@ -21,6 +28,7 @@ constexpr int BYTES = 32;
 constexpr int BYTES = 16;
 #endif
 constexpr int TILE = 16;  // positions
+constexpr double LOG2_E = 1.44269504088896340736;
 
 template <typename T> struct Vector;
 template <> struct Vector<float> {
@@ -102,11 +110,11 @@ inline VD log_of_1_plus(VD t) {
 
 template <typename T> struct Problem {
   const T *x, *low_rank, *b, *c;                 // maps [B, H, W, ...], channels contiguous
-  const T *weight, *bias, *rate_log2, *skip;     // [K, R, E], [K, E], [K, N, E], [E]
+  const T *weight, *bias, *a_log, *skip;         // [K, E, R], [K, E], [K, E, N], [K, E]
   const T *grad;                                 // [B, H, W, E], backward only
   T *out;                                        // [B, H, W, E]: the result, or the gradient of x
   T *grad_maps;                                  // [blocks, B, H * W, K, R + 2 N]: of low_rank, b and c
-  T *grad_parameters;                            // [B, K, R + 1 + N, E]: of weight, bias and the decay rates
+  T *grad_parameters;                            // [B, K, R + 1 + N, E]: of weight, bias and a_log
   T *grad_skip;                                  // [B, E]
   int64_t batch, height, width, channels, directions, rank, states;
   int64_t x_strides[3], grad_strides[3];         // image, row, column
@@ -170,11 +178,26 @@ template <typename T, int NV> struct Task {
     for (int v = 0; v < NV; ++v) __builtin_prefetch(from + v * LANES);
   }
 
+  // The skips of all directions
+  void load_skip(V* sum) const {
+    std::memset(sum, 0, WIDTH * sizeof(T));
+    for (int64_t direction = 0; direction < p.directions; ++direction) {
+      V skip[NV];
+      load(skip, p.skip + direction * p.channels + first);
+      for (int v = 0; v < NV; ++v) sum[v] += skip[v];
+    }
+  }
+
   void start_direction(int64_t direction) {
     k = direction;
-    for (int64_t r = 0; r < p.rank; ++r) load(&weight[r * NV], p.weight + (k * p.rank + r) * p.channels + first);
-    for (int64_t n = 0; n < p.states; ++n)
-      load(&rate_log2[n * NV], p.rate_log2 + (k * p.states + n) * p.channels + first);
+    T* weights = reinterpret_cast<T*>(weight.data());
+    T* rates = reinterpret_cast<T*>(rate_log2.data());
+    for (int64_t e = 0; e < lanes; ++e) {
+      const int64_t channel = k * p.channels + first + e;
+      for (int64_t r = 0; r < p.rank; ++r) weights[r * WIDTH + e] = p.weight[channel * p.rank + r];
+      for (int64_t n = 0; n < p.states; ++n)
+        rates[n * WIDTH + e] = -std::exp(p.a_log[channel * p.states + n]) * T(LOG2_E);
+    }
     load(bias, p.bias + k * p.channels + first);
   }
 
@@ -244,7 +267,7 @@ template <typename T, int NV> struct Task {
   void forward() {
     std::vector<V> states(p.states * NV);
     V skip[NV];
-    load(skip, p.skip + first);
+    load_skip(skip);
     for (int64_t direction = 0; direction < p.directions; ++direction) {
       start_direction(direction);
       std::fill(states.begin(), states.end(), V{});
@@ -285,7 +308,7 @@ template <typename T, int NV> struct Task {
     std::vector<V> starts(tiles * states * NV), carry(states * NV), transposed(WIDTH * rank_vectors);
     std::vector<V> grad_weight(rank * NV), grad_rate(states * NV);
     V skip[NV], grad_bias[NV], grad_skip[NV] = {};
-    load(skip, p.skip + first);
+    load_skip(skip);
     Rows slope, g_out, grad_x, g_scaled, g_delta, decay;
     V h[TILE + 1][NV];
     for (int64_t direction = 0; direction < p.directions; ++direction) {
@@ -370,7 +393,7 @@ template <typename T, int NV> struct Task {
             const V before = direction ? grad_x[s][v] : skip[v] * g_out[s][v];
             grad_x[s][v] = before + g_scaled[s][v] * delta[s][v];
             // rate holds log2(e) times the decay rate
-            g_delta[s][v] = (g_delta[s][v] * T(0.69314718055994530942) + g_scaled[s][v] * x[s][v]) * slope[s][v];
+            g_delta[s][v] = (g_delta[s][v] * T(1 / LOG2_E) + g_scaled[s][v] * x[s][v]) * slope[s][v];
             bias_sum[v] += g_delta[s][v];
           }
           store(out_at(s), grad_x[s]);
@@ -400,7 +423,11 @@ template <typename T, int NV> struct Task {
       T* parameters = p.grad_parameters + (image * p.directions + k) * (rank + 1 + states) * p.channels + first;
       for (int64_t r = 0; r < rank; ++r) store(parameters + r * p.channels, &grad_weight[r * NV]);
       store(parameters + rank * p.channels, grad_bias);
-      for (int64_t n = 0; n < states; ++n) store(parameters + (rank + 1 + n) * p.channels, &grad_rate[n * NV]);
+      for (int64_t n = 0; n < states; ++n) {
+        V grad_a_log[NV];  // the derivative of a rate by it is the rate
+        for (int v = 0; v < NV; ++v) grad_a_log[v] = grad_rate[n * NV + v] * rate_log2[n * NV + v] * T(1 / LOG2_E);
+        store(parameters + (rank + 1 + n) * p.channels, grad_a_log);
+      }
     }
     store(p.grad_skip + image * p.channels + first, grad_skip);
   }
@@ -426,24 +453,41 @@ template <typename T, int NV> void run_task(const Problem<T>& p, int64_t image, 
   p.grad ? task.backward(block) : task.forward();
 }
 
-template <typename T> void run(const Problem<T>& p, int64_t threads) {
+template <typename T> struct Queue {
   using B = Blocks<T>;
-  const B blocks(p.channels, p.batch, threads);
-  const int64_t tasks = p.batch * blocks.count();
-#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads < tasks ? threads : tasks))
-  for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t image = task % p.batch, block = task / p.batch;  // the wide ones first
-    const int64_t half = block - blocks.wide, narrow = half - blocks.half;
-    if (half < 0) run_task<T, 4>(p, image, block * B::WIDE, block);
-    else if (narrow < 0) run_task<T, 2>(p, image, blocks.wide * B::WIDE + half * B::HALF, block);
-    else run_task<T, 1>(p, image, blocks.wide * B::WIDE + blocks.half * B::HALF + narrow * B::NARROW, block);
+  const Problem<T>& p;
+  const B blocks;
+  const int64_t tasks;
+  std::atomic<int64_t> next{0};
+
+  Queue(const Problem<T>& problem, int64_t threads)
+      : p(problem), blocks(problem.channels, problem.batch, threads), tasks(problem.batch * blocks.count()) {}
+
+  static void work(void* queue) { static_cast<Queue*>(queue)->work(); }
+  void work() {
+    for (int64_t task = next++; task < tasks; task = next++) {
+      const int64_t image = task % p.batch, block = task / p.batch;  // the wide ones first
+      const int64_t half = block - blocks.wide, narrow = half - blocks.half;
+      if (half < 0) run_task<T, 4>(p, image, block * B::WIDE, block);
+      else if (narrow < 0) run_task<T, 2>(p, image, blocks.wide * B::WIDE + half * B::HALF, block);
+      else run_task<T, 1>(p, image, blocks.wide * B::WIDE + blocks.half * B::HALF + narrow * B::NARROW, block);
+    }
   }
+};
+
+template <typename T> void run(const Problem<T>& p, int64_t threads) {
+  Queue<T> queue(p, threads);
+#if defined(WITH_THREADS)
+  GOMP_parallel(Queue<T>::work, &queue, static_cast<unsigned>(std::min(threads, queue.tasks)), 0);
+#else
+  queue.work();
+#endif
 }
 
 // tensors: as Problem lists them, null where there are none; numbers: threads, then Problem's.
 template <typename T> void call(void* const* tensors, const int64_t* numbers) {
   Problem<T> p{};
-  const T** in[] = {&p.x, &p.low_rank, &p.b, &p.c, &p.weight, &p.bias, &p.rate_log2, &p.skip, &p.grad};
+  const T** in[] = {&p.x, &p.low_rank, &p.b, &p.c, &p.weight, &p.bias, &p.a_log, &p.skip, &p.grad};
   T** out[] = {&p.out, &p.grad_maps, &p.grad_parameters, &p.grad_skip};
   for (const T** pointer : in) *pointer = static_cast<const T*>(*tensors++);
   for (T** pointer : out) *pointer = static_cast<T*>(*tensors++);
