@@ -30,6 +30,15 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.after)
 
 
+def _packable(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies in this dtype on this CPU; where it only could emulate bfloat16, torch does better."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
+
+
 def _is_exact_gelu(activation: nn.Module) -> bool:
     probe = torch.linspace(-4, 4, 9)
     return type(activation).__name__ in ("GELU", "GELUActivation") and torch.equal(activation(probe), F.gelu(probe))
@@ -100,7 +109,7 @@ def compile_for_inference(encoder: nn.Module) -> Callable[[Tensor], Any]:
     if weight.is_cuda:
         return CapturedEncoder(encoder)
     ready = encoder
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if _packable(weight):
         ready = copy.deepcopy(encoder)
         _pack(ready)
     return torch.no_grad()(ready.forward)

@@ -41,6 +41,8 @@ class SSMVisionStemConv4(nn.Module):
         height, width = pixel_values.shape[-2:]
         if height < 4 or width < 4:
             pixel_values = F.pad(pixel_values, (0, max(4 - width, 0), 0, max(4 - height, 0)))
+        # Layout is changed here, where the map is narrowest; the convolution keeps it.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return self.norm(self.conv(pixel_values).permute(0, 2, 3, 1))
 
 
@@ -57,6 +59,8 @@ class SSMVisionStemConv3x2(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        # Layout is changed here, where the map is narrowest; the convolution keeps it.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         x = self.act(self.norm1(self.conv1(pixel_values).permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x))
 

@@ -43,12 +43,31 @@ def test_outputs_agree_at_every_size_and_do_not_overwrite_each_other(name, devic
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_other_dtypes_run_as_they_are(name):
-    encoder = toy(name, "cpu", torch.bfloat16)
-    pixels = torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)
+def test_bfloat16_is_no_less_exact_than_without(name):
+    encoder, pixels = toy(name, "cpu"), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = encoder(pixels).feature_maps[-1]
-    assert torch.equal(compile_for_inference(encoder)(pixels).feature_maps[-1], expected)
+        plain = encoder.bfloat16()(pixels.bfloat16()).feature_maps[-1]
+    found = compile_for_inference(encoder)(pixels.bfloat16()).feature_maps[-1]
+    assert found.dtype == torch.bfloat16
+    assert error(found.float(), expected) <= max(2e-2, 1.5 * error(plain.float(), expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_one_dnn_does_not_multiply_runs_as_it_is(dtype, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    encoder, pixels = toy(TOYS[0], "cpu", dtype), torch.randn(1, 3, 64, 64, dtype=dtype)
+    ready = compile_for_inference(encoder)
+    with torch.no_grad():
+        assert torch.equal(ready(pixels).feature_maps[-1], encoder(pixels).feature_maps[-1])
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_is_packed_where_the_processor_has_it(supported, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert inference._packable(torch.zeros(1, dtype=torch.bfloat16)) is supported
+    assert inference._packable(torch.zeros(1)) and not inference._packable(torch.zeros(1, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("family", ["vit_small_patch16.augreg_in1k_224", "swin_small.in1k_224"])
