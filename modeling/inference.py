@@ -94,8 +94,8 @@ def compile_for_inference(encoder: nn.Module) -> Callable[[Tensor], Any]:
     On CUDA each size of input costs the memory of one pass. On CPUs the matrices exist a second time; float32, and
     bfloat16 where the processor multiplies it (there it is the faster by far); any other dtype runs as it is.
 
-    `torch.compile(encoder)` works too. On a CPU it has not paid: 40 s of compilation for VMamba-S at 224 px, and then 138
-    ms a picture, where the encoder as it is took 141 and this function's 117 (2 cores, float32).
+    `torch.compile(encoder)` works too. On a CPU it has not paid: 40 s of compilation for VMamba-S at 224 px, and then
+    138 ms a picture, where the encoder as it is took 141 and this function's 117 (2 cores, float32).
 
     Args:
         encoder: a Backbone or other vision model in `eval()`. It is not changed.
