@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .benchmark_encoder import crossovers, exponents
-from .benchmark_results import Measured, Record, fastest_pair, matching, merged_rows, ratio
+from .benchmark_results import Measured, Record, fastest, fastest_pair, matching, merged_rows, ratio
 from .benchmark_settings import Row
 
 VMAMBA, VIT = "vmamba_small_s2l15.in1k_224", "vit_small_patch16.augreg_in1k_224"
@@ -52,8 +52,10 @@ def _ratio(over: Mapping[str, Any], under: Mapping[str, Any]) -> Callable[[Seque
 
 def _milliseconds(wanted: Mapping[str, Any]) -> Callable[[Sequence[Record]], Measured | None]:
     def find(records: Sequence[Record]) -> Measured | None:
-        row = min(matching(merged_rows(records), wanted), key=lambda row: row["median"], default=None)
-        return row and Measured(*(1e3 * row[key] for key in ("median", "lower_quartile", "upper_quartile")))
+        row = fastest(merged_rows(records), wanted)
+        if row is None:
+            return None
+        return Measured(*(1e3 * row[key] for key in ("median", "lower_quartile", "upper_quartile")))
 
     return find
 
@@ -126,11 +128,11 @@ def _cpu_bars() -> list[Bar]:
             bars.append(Bar(title, limit, _ratio(copies, ours), at_least=True))
     for variant, words in RUN_AS.items():
         for batch in (1, 16):
-            pair = (_encoder(name, 224, dtype, batch, variant) for name in (VMAMBA, VIT))
-            bars.append(Bar(f"VMamba-S / ViT-S, 224 px, batch {batch}{words}", 3, _ratio(*pair)))
+            both = (_encoder(name, 224, dtype, batch, variant) for name in (VMAMBA, VIT))
+            bars.append(Bar(f"VMamba-S / ViT-S, 224 px, batch {batch}{words}", 3, _ratio(*both)))
         for side in (1024, 1536, 2048):
-            pair = (_encoder(name, side, dtype, 1, variant) for name in (VMAMBA, VIT))
-            bars.append(Bar(f"VMamba-S / ViT-S, {side} px, batch 1{words}", 1, _ratio(*pair)))
+            both = (_encoder(name, side, dtype, 1, variant) for name in (VMAMBA, VIT))
+            bars.append(Bar(f"VMamba-S / ViT-S, {side} px, batch 1{words}", 1, _ratio(*both)))
         title = f"VMamba-S passes ViT-S at{words}"
         bars.append(Bar(title, 1024, _crossover(variant, dtype), unit=" px"))
     for variant, words in (("default", ""), ("compiled", ", compiled for inference")):
@@ -146,22 +148,22 @@ def _cuda_bars() -> list[Bar]:
             wanted = {"part": "op", "name": f"{channels} channels, 1 states", "height": height, "width": height,
                       "batch": 64, "dtype": dtype, "passes": passes}  # fmt: skip
             for copies, scan in SCANS.items():
-                pair = wanted | {"variant": copies}, wanted | {"variant": "triton"}
+                ratio_of = _ratio(wanted | {"variant": copies}, wanted | {"variant": "triton"})
                 title = f"op {shape}, batch 64, {passes}: copies and {scan} / ours"
-                bars.append(Bar(title, limit, _ratio(*pair), at_least=True))
+                bars.append(Bar(title, limit, ratio_of, at_least=True))
         alone = wanted | {"variant": "triton alone", "passes": "forward"}
         title = f"op {shape}, batch 64, forward: compulsory bytes, share of copy bandwidth"
         bars.append(Bar(title, 0.5, _share_of_copy(alone), at_least=True))
     for side, limit in ((224, 4), (512, 4), (1024, 6)):
         title = f"VMamba-S, {side} px, batch 1, bfloat16"
         bars.append(Bar(title, limit, _milliseconds(_encoder(VMAMBA, side, dtype)), unit=" ms"))
-    for side, limit in ((224, 2), (1536, 1), (2048, 0.5)):
-        pair = (_encoder(name, side, dtype) for name in (VMAMBA, VIT))
-        bars.append(Bar(f"VMamba-S / ViT-S, {side} px, batch 1, best of each, bfloat16", limit, _ratio(*pair)))
+    for side, most in ((224, 2), (1536, 1), (2048, 0.5)):
+        both = (_encoder(name, side, dtype) for name in (VMAMBA, VIT))
+        bars.append(Bar(f"VMamba-S / ViT-S, {side} px, batch 1, best of each, bfloat16", most, _ratio(*both)))
     for copies, scan in SCANS.items():
-        pair = (_encoder(VMAMBA, 224, dtype, 128, variant) for variant in (copies, "default"))
+        both = (_encoder(VMAMBA, 224, dtype, 128, variant) for variant in (copies, "default"))
         title = f"VMamba-S, 224 px, batch 128, bfloat16: copies and {scan} / ours"
-        bars.append(Bar(title, 2, _ratio(*pair), at_least=True))
+        bars.append(Bar(title, 2, _ratio(*both), at_least=True))
     return bars
 
 
@@ -173,9 +175,11 @@ def bars_table(bars: Sequence[Bar], records: Sequence[Record]) -> list[str]:
     lines = ["| bar | promised | measured | spread | |", "|---|---:|---:|---:|---|"]
     for bar in bars:
         found = bar.find(records)
-        value = "" if found is None else f"{_figures(found.value)}{bar.unit}"
-        no_spread = found is None or found.lower is None or found.upper is None
-        spread = "" if no_spread else f"{_figures(found.lower)} to {_figures(found.upper)}"
+        value = spread = ""
+        if found is not None:
+            value = f"{_figures(found.value)}{bar.unit}"
+        if found is not None and found.lower is not None and found.upper is not None:
+            spread = f"{_figures(found.lower)} to {_figures(found.upper)}"
         lines.append(f"| {bar.words} | {bar.promise} | {value} | {spread} | {bar.verdict(found)} |")
     return lines
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedConfig
+from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 
 from ..configuration.named_encoders import get_named_encoder
 from ..modeling import mixers
@@ -52,7 +52,7 @@ def scans(config: PreTrainedConfig) -> bool:
     return "ss2d" in getattr(config, "mixers", ())
 
 
-def build_encoder(name: str, last_stage: bool = False) -> nn.Module:
+def build_encoder(name: str, last_stage: bool = False) -> PreTrainedModel:
     """The named encoder with random weights, up to its tap, or to its last stage."""
     config = get_named_encoder(name).config()
     if last_stage:
@@ -73,11 +73,12 @@ def encoder_call(
         compiled: run through `compile_for_inference`.
     """
     run = compile_for_inference(encoder) if compiled else encoder
+    baseline, core = copy_based_baseline(), copy_based_core(backend) if backend and backend in COPY_BASED else None
 
     def call() -> None:
         with contextlib.ExitStack() as stack:
-            if backend in COPY_BASED:
-                stack.enter_context(copy_based_baseline().copy_based(encoder, copy_based_core(backend)))
+            if baseline is not None and core is not None:
+                stack.enter_context(baseline.copy_based(encoder, core))
             else:
                 stack.enter_context(scan_backend(backend))
             # not inference_mode, under which views cost less than users of a frozen encoder have it
@@ -93,28 +94,29 @@ def encoder_call(
 @contextlib.contextmanager
 def timed_scans(device: torch.device) -> Iterator[Callable[[], float]]:
     """Within it the scans of the mixers are timed; what it gives returns their seconds so far."""
-    real, spans = mixers.selective_scan_2d, []
+    real = mixers.selective_scan_2d
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    spans: list[float] = []
 
     def timed(*tensors: Tensor) -> Tensor:
         if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
             out = real(*tensors)
-            end.record()
-            spans.append((start, end))
+            last.record()
+            events.append((first, last))
             return out
         start = time.perf_counter()
         out = real(*tensors)
-        spans.append((start, time.perf_counter()))
+        spans.append(time.perf_counter() - start)
         return out
 
     def seconds() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
-            return sum(start.elapsed_time(end) for start, end in spans) / 1e3
-        return sum(end - start for start, end in spans)
+        return sum(spans) + sum(first.elapsed_time(last) for first, last in events) / 1e3
 
-    mixers.selective_scan_2d = timed
+    mixers.selective_scan_2d = timed  # type: ignore[assignment]
     try:
         yield seconds
     finally:

@@ -3,10 +3,12 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..modeling.inference import compile_for_inference
 from .benchmark_contenders import COPY_BASED, build_encoder, copy_based_core, encoder_call, scans, timed_scans
@@ -38,7 +40,7 @@ def encoder_rows(
     """
     encoders = {}
     for name in names:
-        encoders[name] = build_encoder(name, last_stage).to(settings.device, settings.dtype)
+        encoders[name] = build_encoder(name, last_stage).to(settings.device, settings.dtype)  # type: ignore[arg-type]
     pace: dict[str, float] = {}  # seconds per FLOP of the size before
     for batch in batches:
         for height, width in sorted(sizes, key=math.prod):
@@ -50,7 +52,7 @@ def encoder_rows(
 
 
 def _encoder_rows_at(
-    encoders: Mapping[str, nn.Module],
+    encoders: Mapping[str, PreTrainedModel],
     pixels: Tensor,
     variants: Sequence[str],
     settings: Settings,
@@ -86,12 +88,16 @@ def _encoder_rows_at(
         row["images_per_second"] = batch / row["median"]
         encoder, captured = encoders[row["name"]], row["variant"] == "compiled" and settings.device.type == "cuda"
         if captured:  # a replay allocates only what it gives; what it runs in was taken when it was captured
-            row["peak_bytes"] = peak_memory(lambda it=encoder: compile_for_inference(it)(pixels), settings.device)
+            row["peak_bytes"] = peak_memory(partial(_capture, encoder, pixels), settings.device)
         elif scans(encoder.config) and row["variant"] not in COPY_BASED and not backward:
             with timed_scans(settings.device) as seconds:
                 whole = clock_of(settings.device)(contenders[key])
                 row["scan_share"] = seconds() / whole
     return rows
+
+
+def _capture(encoder: nn.Module, pixels: Tensor) -> None:
+    compile_for_inference(encoder)(pixels)
 
 
 def exponents(rows: Sequence[Row]) -> dict[str, float]:

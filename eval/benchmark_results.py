@@ -47,11 +47,7 @@ def read_records(paths: Sequence[Path]) -> dict[Taken, list[Record]]:
         try:
             record = json.loads(path.read_text())
             machine = record["machine"]
-            taken = Taken(
-                *(machine[key] for key in ("device", "cuda", "cores", "threads")),
-                machine["versions"]["torch"],
-                *(machine[key] for key in ("date", "commit")),
-            )
+            taken = Taken(**{field: (machine | machine["versions"])[field] for field in Taken._fields})
             for row in record["rows"]:
                 summary = (row["part"], row["variant"], row["median"], row["lower_quartile"], row["upper_quartile"])
                 assert None not in summary
@@ -64,6 +60,11 @@ def read_records(paths: Sequence[Path]) -> dict[Taken, list[Record]]:
 def matching(rows: Sequence[Row], wanted: Mapping[str, Any]) -> Iterator[Row]:
     """Rows that hold the wanted values."""
     return (row for row in rows if all(row.get(key) == value for key, value in wanted.items()))
+
+
+def fastest(rows: Sequence[Row], wanted: Mapping[str, Any]) -> Row | None:
+    """The row with the least median of those that hold the wanted values."""
+    return min(matching(rows, wanted), key=lambda row: row["median"], default=None)
 
 
 def merged_rows(records: Sequence[Record]) -> list[Row]:
@@ -100,8 +101,7 @@ def fastest_pair(
     Ratios between records would compare two states of a machine."""
     pairs = []
     for record in records:
-        found = [min(matching(record["rows"], wanted), key=lambda row: row["median"], default=None)
-                 for wanted in (over, under)]  # fmt: skip
-        if None not in found:
-            pairs.append(tuple(found))
+        above, below = (fastest(record["rows"], wanted) for wanted in (over, under))
+        if above is not None and below is not None:
+            pairs.append((above, below))
     return max(pairs, key=lambda pair: min(len(row["seconds"]) for row in pair), default=None)

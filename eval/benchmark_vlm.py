@@ -31,7 +31,11 @@ TOY_LANGUAGE_MODEL = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 2, "vocab_size": 64,
 }  # fmt: skip
-LANGUAGE_MODELS = {"0.5b": SMALL_LANGUAGE_MODEL, "7b": LARGE_LANGUAGE_MODEL, "toy": TOY_LANGUAGE_MODEL}
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "0.5b": SMALL_LANGUAGE_MODEL,
+    "7b": LARGE_LANGUAGE_MODEL,
+    "toy": TOY_LANGUAGE_MODEL,
+}
 """Sizes of Qwen2-0.5B and Vicuna-7B; and one to try the benchmark with."""
 
 PROMPT_TOKENS = 32
@@ -60,10 +64,10 @@ def vlm_rows(
             materialise(language_model, settings.device, settings.dtype)
             for name, connector in itertools.product(encoders, connectors):
                 with settings.or_skip(f"vlm {name}, {connector}, {size}"):
+                    encoder = build_encoder(name).to(settings.device, settings.dtype)  # type: ignore[arg-type]
                     model = LlavaStyleForConditionalGeneration.from_parts(
-                        build_encoder(name).to(settings.device, settings.dtype), language_model,
-                        connector=connector, image_token_id=text.vocab_size,
-                    )  # fmt: skip
+                        encoder, language_model, connector=connector, image_token_id=text.vocab_size
+                    )
                     named = {"encoder": name, "connector": connector, "language_model": size}
                     yield from _rows_of(model, named, sizes, settings)
 
@@ -110,7 +114,7 @@ def materialise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
             if parameter not in made:
                 made[parameter] = nn.Parameter(_filled(parameter, name, block), requires_grad=False)
             setattr(module, name, made[parameter])
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]
 
 
 def _filled(parameter: nn.Parameter, name: str, block: Tensor) -> Tensor:
@@ -155,7 +159,9 @@ def _rows_of(
         yield rows
 
 
-def _calls(model: nn.Module, height: int, width: int, tokens: int, settings: Settings) -> dict[str, Call]:
+def _calls(
+    model: LlavaStyleForConditionalGeneration, height: int, width: int, tokens: int, settings: Settings
+) -> dict[str, Call]:
     image_token = model.config.image_token_id
     pixels = torch.randn(1, 3, height, width).to(settings.device, settings.dtype)
     ids = torch.tensor([[image_token] * tokens + [1] * PROMPT_TOKENS], device=settings.device)

@@ -65,19 +65,20 @@ def test_what_exceeds_the_budget_or_fails_is_named_and_the_others_still_run():
     def too_big():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    settings = quiet(budget=0.05)
+    settings = quiet(budget=1.0)
     calls = {
         "quick": lambda: torch.ones(1),
-        "slow": lambda: time.sleep(0.03),
+        "slow": lambda: time.sleep(0.4),
         "foreseen": lambda: 1 / 0,
         "failing": fails,
         "too big": too_big,
     }
     rows = settings.run(SETTING, calls, {"foreseen": 100.0})
     assert [row["variant"] for row in rows] == ["quick"]
-    assert [(entry["what"].split(", ")[-1], entry["reason"]) for entry in settings.skipped] == [
-        ("slow", "0.0 s a call, more than the budget of 0.05 s allows"),
-        ("foreseen", "about 100 s a call, more than the budget of 0.05 s allows"),
+    slow, *others = [(entry["what"].split(", ")[-1], entry["reason"]) for entry in settings.skipped]
+    assert slow[0] == "slow" and slow[1].endswith(" s a call, more than the budget of 1 s allows")
+    assert others == [
+        ("foreseen", "about 100 s a call, more than the budget of 1 s allows"),
         ("failing", "KeyError: 'no such kernel'"),
         ("too big", "out of memory"),
     ]
@@ -94,8 +95,8 @@ def test_a_call_foreseen_to_be_long_is_not_warmed_up(monkeypatch):
 
 def test_a_kernel_that_compiles_in_its_first_call_is_not_over_the_budget():
     waits = iter([0.3])
-    (row,) = quiet(budget=0.2).run(SETTING, {"new": lambda: time.sleep(next(waits, 0))})
-    assert max(row["seconds"]) < 0.2
+    settings = quiet(budget=0.2)
+    assert len(settings.run(SETTING, {"new": lambda: time.sleep(next(waits, 0))})) == 1 and settings.skipped == []
 
 
 def test_the_scan_is_measured_against_its_baselines():
@@ -186,9 +187,9 @@ def test_rows_of_a_vlm_say_tokens_and_the_encoders_share():
 
 
 def test_a_size_that_would_take_too_long_is_foreseen(monkeypatch):
-    settings = quiet(budget=0.5)
+    settings = quiet(budget=50.0)
     real = settings.run
-    monkeypatch.setattr(settings, "run", lambda *arguments: [row | {"median": 1.0} for row in real(*arguments)])
+    monkeypatch.setattr(settings, "run", lambda *arguments: [row | {"median": 100.0} for row in real(*arguments)])
     sizes = [(32, 32), (64, 64)]
     groups = list(benchmark_vlm.vlm_rows(["digit_vit.digitscenes_64"], sizes, ["mlp2"], ["toy"], settings))
     assert len(groups) == 1 and "at 64x64" in settings.skipped[0]["what"]
