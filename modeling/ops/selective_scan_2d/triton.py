@@ -7,17 +7,23 @@ direction, where the step sizes of its positions would be 4 each.
 
 Compulsory bytes per element of x: x in, y out, 4 (R + 2 N) / E projections: 4.3 in bfloat16 at E = 192, R = 6, N = 1.
 The merge adds a float32 sum that each direction reads and writes in cache (in float32, y is the sum).
-Arithmetic, counted in the machine code for sm_90 (Triton 3.6 and 3.7, bfloat16, N = 1; the loop over ranks once):
-45 instructions per element and direction (rows, 4 channels in a thread) to 68 (columns, 2 channels), 2 of them
-exponentials. At 132 multiprocessors of 128 lanes and 1.7 GHz four directions take at least 6 to 9 ps, and 4.3 bytes at
-4 TB/s 1 ps: the instructions, not the memory, are the floor of the bfloat16 scan.
+Arithmetic, counted in the machine code of the loops over tiles for sm_90 (Triton 3.6, bfloat16, N = 1), instructions
+per element and direction, rows and columns:
+
+    channels in a thread      4         2
+    walk                      27, 31    34, 41
+    summary                   23, 27    27, 35
+
+of which 17 are the scan itself, 2 of them exponentials, 1 is the step size's product of tiles, and the rest belongs to
+positions (addresses, loads and conversions) and is shared by a thread's channels. At 132 multiprocessors of 4
+schedulers and 1.75 GHz four directions of a walk take at least 4 to 5 ps per element, and 4.3 bytes at 4 TB/s 1 ps: the
+instructions, not the memory, are the floor of the bfloat16 scan.
 
 The backward pass recomputes everything from the inputs. States and adjoint states enter at every tile (20 bytes per
 tile of 16 positions, channel, direction and state), so that all tiles are independent. Gradients of parameters are
 summed within a program over as many tiles as still fill the chip, then over programs by torch. No atomics anywhere:
-results are the same to the bit from run to run. Its adjoint scan runs against the order of the registers, which Triton
-does with shuffles, and it spills some: 270 to 290 instructions per element and direction, so it has the most
-left to gain. None of this was timed yet.
+results are the same to the bit from run to run. 103 (rows) to 118 (columns) instructions per element and direction,
+where it still spills some registers, after summaries of 69 to 79. None of this was timed yet.
 """
 
 import functools
@@ -27,16 +33,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PER_THREAD = 32
-"""Elements of a tile that a thread holds in the forward pass, in about five arrays at a time: 168 to 255 registers and
-so 8 to 12 warps on each multiprocessor, enough as elements are independent but for one chain of multiply-adds."""
-
-PER_THREAD_BACKWARD = 16
-"""With twice as many arrays. Also the least number of positions that a product of tiles takes."""
+TILE = 16
+"""Positions of a tile, the least that a product of tiles takes. A thread holds them all, of one to four channels in
+about five arrays at a time, or in the backward pass of one channel in a dozen: 190 to 255 registers, and so 8 to 10
+warps on each multiprocessor. That is enough as elements are independent but for one chain of multiply-adds."""
 
 MAX_VECTOR = 4
-"""Neighbouring channels of a thread in the forward pass. What belongs to a position (its address, its b, c and low-rank
-step size, which every thread loads) then serves as many elements."""
+"""Neighbouring channels of a thread in the forward pass. What belongs to a position (its addresses, its b and c, which
+every thread loads) then serves as many elements."""
 
 MAX_WARPS = 4
 """Warps of a program of the backward pass. Wider programs write fewer partial sums of the projections' gradients."""
@@ -78,16 +82,24 @@ def _block(channels: int, most: int) -> int:
 
 def plan(batch: int, length: int, channels: int, device: torch.device, backward: bool) -> Plan:
     """How to cut a map [batch, length, channels], by the number of warps that the cut makes."""
-    width = _block(channels, MAX_WARPS if backward else MAX_VECTOR)
-    vector = 1 if backward else width // 32
-    tile = PER_THREAD_BACKWARD if backward else PER_THREAD // vector
-    tiles = -(-length // tile)
-    warps = batch * -(-channels // width) * (width // (32 * vector))  # of programs that walk a whole map
+    tiles = -(-length // TILE)
     chip = multiprocessors(device)
-    if backward or warps < WARPS_TO_FILL * chip:
-        chunks = max(1, -(-WARPS_OF_CHUNKS * chip // warps))
-        return Plan(tile, width, vector, -(-tiles // min(tiles, chunks)))
-    return Plan(tile, width, vector, tiles)
+
+    def warps(width: int, vector: int) -> int:
+        """Of programs that walk a whole map."""
+        return batch * -(-channels // width) * (width // (32 * vector))
+
+    if backward:
+        width, vector = _block(channels, MAX_WARPS), 1
+    else:
+        width = _block(channels, MAX_VECTOR)
+        # Half as wide costs a third more instructions, and summaries of chunks nearly twice as many.
+        for narrower in (width, max(32, width // 2)):
+            if warps(narrower, narrower // 32) >= WARPS_TO_FILL * chip:
+                return Plan(TILE, narrower, narrower // 32, tiles)
+        vector = width // 32
+    chunks = max(1, -(-WARPS_OF_CHUNKS * chip // warps(width, vector)))
+    return Plan(TILE, width, vector, -(-tiles // min(tiles, chunks)))
 
 
 @functools.cache
@@ -124,13 +136,10 @@ class _Launch:
         self.device = x.device
         self.tiles_of_map = -(-self.length // cut.tile)
         self.blocks = -(-self.channels // cut.channels)
-        self.maps = [_with_one_stride(values) for values in (x, low_rank, b, c)]
+        self.maps = [x.contiguous(), *(_with_one_stride(values) for values in (low_rank, b, c))]
         self.parameters = [parameter.contiguous() for parameter in parameters]
         x, low_rank, b, c = self.maps
-        strides = (
-            x.stride(2),
-            *(stride for values in (low_rank, b, c) for stride in (values.stride(2), values.stride(3))),
-        )
+        strides = [stride for values in (low_rank, b, c) for stride in (values.stride(2), values.stride(3))]
         sizes = self.batch, self.length, self.height, self.width, self.channels, self.rank, self.states
         self.sizes = (*sizes, *strides)
         self.constants = {
@@ -138,11 +147,16 @@ class _Launch:
             "STATES": _power_of_two(self.states),
             "TILE": cut.tile,
             "CHANNELS": cut.channels,
-            "VECTOR": cut.vector if self.channels % cut.vector == 0 and x.stride(2) % cut.vector == 0 else 1,
+            "VECTOR": cut.vector if self.channels % cut.vector == 0 else 1,
+            "FULL": self.channels % cut.channels == 0,
             "TALL": self.height >= cut.tile,
             "WIDE": self.length * max(*strides, self.channels, self.directions * (self.rank + 2 * self.states))
             > MAX_OFFSET,
             "num_warps": cut.channels // (32 * cut.vector),
+        }
+        self.product = {
+            "RANKS": max(16, _power_of_two(self.rank)),  # the least that a product of tiles takes
+            "PRODUCT": _precision(x.device, low_rank.dtype, self.parameters[0].dtype),
         }
         self.pairs = range(min(2, self.directions))
 
@@ -162,21 +176,24 @@ class _Launch:
         for pair in self.pairs:
             summarise_chunks[self.batch * chunks * self.blocks,](
                 *self.maps, weight, bias, a_log, self.maps[0] if grad is None else grad, totals, local_states,
-                *self.sizes, tiles, chunks, PAIR=pair, ADJOINT=grad is not None, **self.constants,
+                *self.sizes, tiles, chunks, PAIR=pair, ADJOINT=grad is not None,
+                **self.product, **self.constants,
             )  # fmt: skip
         lines = kinds * self.directions * self.batch
         width = 32
         carry_states[lines * self.states * -(-self.channels // width),](
             totals, local_states, a_log, entering, self.batch, self.channels, self.states, chunks,
-            DIRECTIONS=self.directions, TILE=self.cut.tile, CHANNELS=width, num_warps=1,
+            DIRECTIONS=self.directions, TILE=32 if chunks > 32 else 16, CHANNELS=width, num_warps=1,
         )  # fmt: skip
         return entering
 
 
-def _precision(device: torch.device) -> str:
-    """Of products of float32 tiles: on tensor cores, if there are any, in three parts that keep float32's digits."""
-    tensor_cores = device.type == "cuda" and torch.version.hip is None
-    return "tf32x3" if tensor_cores and torch.cuda.get_device_capability(device) >= (8, 0) else "ieee"
+def _precision(device: torch.device, *dtypes: torch.dtype) -> str:
+    """How two tiles are multiplied. On tensor cores, if there are any: factors of one half-precision dtype as they are,
+    which is exact, others in three parts that keep float32's digits."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return "ieee"
+    return "half" if dtypes in ((torch.bfloat16,) * 2, (torch.float16,) * 2) else "tf32x3"
 
 
 def _power_of_two(number: int) -> int:
@@ -212,7 +229,7 @@ def forward(*inputs: Tensor) -> Tensor:
         for pair in launch.pairs:
             apply_forward[launch.batch * chunks * launch.blocks,](
                 *launch.maps, weight, bias, a_log, d, entering, total, out, *launch.sizes, cut.tiles, chunks,
-                PAIR=pair, CHUNKED=chunks > 1, **launch.constants,
+                PAIR=pair, CHUNKED=chunks > 1, **launch.product, **launch.constants,
             )  # fmt: skip
     return out
 
@@ -239,8 +256,8 @@ def backward(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
                 *launch.maps, weight, bias, a_log, d, grad, entering, total, grad_x, grad_maps, grad_parameters,
                 *launch.sizes, cut.tiles, launch.tiles_of_map, programs,
                 PAIR=pair, CHUNKED=launch.tiles_of_map > 1,
-                RANK=max(16, _power_of_two(rank)),  # the least that a product of tiles takes
-                PRECISION=_precision(x.device), **launch.constants,
+                PRECISION="tf32" if launch.product["PRODUCT"] == "half" else launch.product["PRODUCT"],
+                **launch.product, **launch.constants,
             )  # fmt: skip
     grad_low_rank, grad_b, grad_c = grad_maps.sum(0).split([rank, states, states], dim=-1)
     of_parameters = grad_parameters.sum(0).transpose(1, 2)  # [K, E, R + N + 2]
