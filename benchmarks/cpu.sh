@@ -53,8 +53,8 @@ others="vmamba_tiny_s1l8.in1k_224 vmamba_base_s2l15.in1k_224 swin_small.in1k_224
 
 # What the bars compare comes first, and what one bar compares runs side by side in one part. The smallest size of a part
 # says how long the others will take, so that calls foreseen to be long are not warmed up.
-part 320 bars encoder --encoder $small $vit --variant default compiled chunked copy_based --size 224 --batch 1 16 \
-    --rounds 11 --budget 60
+part 340 bars encoder --encoder $small $vit --variant default compiled chunked copy_based --size 224 --batch 1 16 \
+    --rounds 11 --budget 80
 part 300 sizes encoder --encoder $small $vit --variant default compiled --size 224 384 512 768 1024 800x1333 --batch 1 \
     --rounds 4 --budget 30
 part 150 op op --shape 56x56x192 14x14x768 --batch 1 --rounds 9 --budget 26
