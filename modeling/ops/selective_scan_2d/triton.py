@@ -45,6 +45,10 @@ every thread loads) then serves as many elements."""
 MAX_WARPS = 4
 """Warps of a program of the backward pass. Wider programs write fewer partial sums of the projections' gradients."""
 
+MAX_WEIGHTS = 2048
+"""Of a program's tile of dt_weight, where it is not in half precision: products of float32 tiles take some 40 bytes of
+shared memory for each in the backward pass, which at 24 ranks and 128 channels would be 142 KB."""
+
 WARPS_TO_FILL = 4
 """Warps per multiprocessor, one per scheduler, from which walking the whole map (no summaries) wins over chunks."""
 
@@ -80,8 +84,9 @@ def _block(channels: int, most: int) -> int:
     return 32 * most
 
 
-def plan(batch: int, length: int, channels: int, device: torch.device, backward: bool) -> Plan:
-    """How to cut a map [batch, length, channels], by the number of warps that the cut makes."""
+def plan(batch: int, length: int, channels: int, device: torch.device, backward: bool, most: int = 4) -> Plan:
+    """How to cut a map [batch, length, channels], by the number of warps that the cut makes, into tiles of at most 32
+    `most` channels."""
     tiles = -(-length // TILE)
     chip = multiprocessors(device)
 
@@ -90,9 +95,9 @@ def plan(batch: int, length: int, channels: int, device: torch.device, backward:
         return batch * -(-channels // width) * (width // (32 * vector))
 
     if backward:
-        width, vector = _block(channels, MAX_WARPS), 1
+        width, vector = _block(channels, min(most, MAX_WARPS)), 1
     else:
-        width = _block(channels, MAX_VECTOR)
+        width = _block(channels, min(most, MAX_VECTOR))
         # Half as wide costs a third more instructions, and summaries of chunks nearly twice as many.
         for narrower in (width, max(32, width // 2)):
             if warps(narrower, narrower // 32) >= WARPS_TO_FILL * chip:
@@ -155,7 +160,7 @@ class _Launch:
             "num_warps": cut.channels // (32 * cut.vector),
         }
         self.product = {
-            "RANKS": max(16, _power_of_two(self.rank)),  # the least that a product of tiles takes
+            "RANKS": _ranks(self.rank),
             "PRODUCT": _precision(x.device, low_rank.dtype, self.parameters[0].dtype),
         }
         self.pairs = range(min(2, self.directions))
@@ -196,6 +201,11 @@ def _precision(device: torch.device, *dtypes: torch.dtype) -> str:
     return "half" if dtypes in ((torch.bfloat16,) * 2, (torch.float16,) * 2) else "tf32x3"
 
 
+def _ranks(rank: int) -> int:
+    """As a product of tiles takes them: a power of 2 from 16 on."""
+    return max(16, _power_of_two(rank))
+
+
 def _power_of_two(number: int) -> int:
     """The least that is not below it."""
     return 1 << (number - 1).bit_length()
@@ -218,7 +228,7 @@ def forward(*inputs: Tensor) -> Tensor:
     from .triton_kernels import apply_forward
 
     x = inputs[0]
-    cut = plan(*_sizes(x), x.device, backward=False)
+    cut = plan(*_sizes(x), x.device, backward=False, most=_most(inputs))
     launch = _Launch(inputs, cut)
     chunks = -(-launch.tiles_of_map // cut.tiles)
     weight, bias, a_log, d = launch.parameters
@@ -239,7 +249,7 @@ def backward(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     from .triton_kernels import apply_backward
 
     x = inputs[0]
-    cut = plan(*_sizes(x), x.device, backward=True)
+    cut = plan(*_sizes(x), x.device, backward=True, most=_most(inputs))
     launch = _Launch(inputs, cut)
     programs = -(-launch.tiles_of_map // cut.tiles)
     weight, bias, a_log, d = launch.parameters
@@ -268,6 +278,14 @@ def backward(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         grad_skip[0].squeeze(-1).expand(directions, -1),  # the same for every direction; written by the first
     )  # fmt: skip
     return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(grads, inputs, strict=True))
+
+
+def _most(inputs: tuple[Tensor, ...]) -> int:
+    """Widest tile that shared memory allows, in 32 channels."""
+    x, low_rank, weight = inputs[0], inputs[1], inputs[4]
+    if _precision(x.device, low_rank.dtype, weight.dtype) == "half":
+        return MAX_VECTOR
+    return max(1, MAX_WEIGHTS // (32 * _ranks(weight.shape[-1])))
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
