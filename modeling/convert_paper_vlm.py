@@ -226,7 +226,7 @@ def _settings(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         config = json.loads(text)
         settings = dict(config["model"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{CONFIG} in {str(source)!r} is not that of a release: it needs a dict 'model'.") from error
     sha256 = None if source.is_dir() else file_sha256(source)
     for key in ("vmamba_feature_stage", "vmamba_feature_layer"):

@@ -38,7 +38,7 @@ class LlavaStyleImagesKwargs(ImagesKwargs, total=False):
     fill: list[int] | tuple[int, ...] | None
     downsampling: list | None
     return_geometry: bool
-    return_image_sizes: bool
+    return_image_sizes: bool | None
 
 
 def load_image(source: Any, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
@@ -188,10 +188,12 @@ class LlavaStyleImageProcessor(PilBackend):
         do_rescale, rescale_factor, do_normalize: as everywhere in Transformers.
 
     Calling it with pictures (see `load_image` for what counts as one, nested lists are flattened) returns
-    `pixel_values` [n, 3, H, W], float32, smaller canvases padded right and bottom with 0 to the largest, `image_sizes`
-    [n, 2], int64, each canvas's own height and width, and with `return_geometry=True` also `geometry`, a list of n
-    `Geometry`. With `return_image_sizes=False` there are no `image_sizes`, which the stock
-    `LlavaForConditionalGeneration` would take for Pixtral's; all canvases must then be of one size.
+    `pixel_values` [n, 3, H, W], float32, smaller canvases padded right and bottom with 0 to the largest, where the
+    canvases differ also `image_sizes` [n, 2], int64, each canvas's own height and width, and with
+    `return_geometry=True` also `geometry`, a list of n `Geometry`. Where all canvases are of one size `pixel_values`
+    says it, and the stock `LlavaForConditionalGeneration` would take `image_sizes` for Pixtral's;
+    `return_image_sizes=True` returns them all the same, as `LlavaStyleProcessor` does, and False refuses canvases that
+    differ.
     """
 
     size: Any  # a SizeDict with height and width
@@ -208,7 +210,7 @@ class LlavaStyleImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     return_geometry = False
-    return_image_sizes = True
+    return_image_sizes = None
 
     def __init__(self, **kwargs: Unpack[LlavaStyleImagesKwargs]):
         super().__init__(**kwargs)  # type: ignore[misc]  # annotated with the common arguments only
@@ -261,7 +263,7 @@ class LlavaStyleImageProcessor(PilBackend):
         crop_pct: float | None = None,
         input_data_format: str | ChannelDimension | None = None,
         return_geometry: bool = False,
-        return_image_sizes: bool = True,
+        return_image_sizes: bool | None = None,
         return_tensors: str | None = None,
         **_: Any,
     ) -> BatchFeature:
@@ -283,9 +285,10 @@ class LlavaStyleImageProcessor(PilBackend):
             canvas = np.asarray(placed.paint(picture, (red, green, blue), resample))  # [h, w, 3]
             row[:, : placed.canvas_height, : placed.canvas_width] = (canvas * scale - shift).transpose(2, 0, 1)
         features: dict[str, Any] = {"pixel_values": pixel_values}
-        if return_image_sizes:
+        differ = bool((image_sizes != image_sizes[0]).any())
+        if return_image_sizes or (differ and return_image_sizes is None):
             features["image_sizes"] = image_sizes
-        elif (image_sizes != image_sizes[0]).any():
+        elif differ:
             raise ValueError(
                 f"return_image_sizes=False needs canvases of one size, but the geometry {geometry!r} made "
                 f"{sorted(set(map(tuple, image_sizes.tolist())))} (height, width)."

@@ -72,6 +72,12 @@ class LlavaStyleProcessor(ProcessorMixin):
             images = None
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
+    def _process_images(self, images, **kwargs: Any):
+        """With the size of each canvas, unless the image processor or the caller decides."""
+        if kwargs.get("return_image_sizes", self.image_processor.return_image_sizes) is None:
+            kwargs["return_image_sizes"] = True
+        return super()._process_images(images, **kwargs)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholder of picture `image_idx` at its full length."""
         sizes = image_inputs.get("image_sizes")

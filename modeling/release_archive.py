@@ -4,8 +4,11 @@ Only these two are read, and only the checkpoint is written, under a name of our
 where a file goes. An archive with anything but plain files and folders inside itself is refused all the same.
 """
 
+import gzip
+import lzma
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -74,7 +77,7 @@ def _opened(source: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, tarfile.T
     try:
         with tarfile.open(source) as archive:
             yield archive, _members(archive, source)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise ValueError(f"{str(source)!r} is not a whole tar file: {error}.") from error
 
 

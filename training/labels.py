@@ -62,7 +62,7 @@ def tokenize_conversation(
     if image_token_counts is None:
         images = _named_images(messages) if images is None else list(images)
         if images:
-            sample.update(processor.image_processor(images, return_tensors="pt"))
+            sample.update(processor.image_processor(images, return_tensors="pt", return_image_sizes=True))
             image_token_counts = [processor.count_image_tokens(h, w) for h, w in sample["image_sizes"].tolist()]
 
     bos = processor.tokenizer.bos_token

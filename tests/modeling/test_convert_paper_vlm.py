@@ -671,6 +671,27 @@ def test_a_pickle_that_wants_to_run_something_does_not(llm_folders, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("packed", ["w:gz", "w:bz2", "w:xz"])
+def test_a_damaged_compressed_archive(toys, llm_folders, tmp_path, packed):
+    with tarfile.open(release(tmp_path / "toy.tar", llm_folders["first"])) as archive:
+        archive.extractall(tmp_path / "files", filter="data")
+    with tarfile.open(tmp_path / "packed.tar", packed) as archive:
+        archive.add(tmp_path / "files", ".")
+    data = bytearray((tmp_path / "packed.tar").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
+    (tmp_path / "packed.tar").write_bytes(data)
+    with pytest.raises((ValueError, OSError)):  # OSError: bz2's "Invalid data stream"
+        convert_paper_release(tmp_path / "packed.tar", tmp_path / "out", language_model=str(llm_folders["first"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_a_release_that_is_too_deep(tmp_path):
+    deep = b'{"model": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    source = write_tar(tmp_path / "toy.tar", {CONFIG: deep, CHECKPOINT: b""})
+    with pytest.raises(ValueError, match="is not that of a release"):
+        convert_paper_release(source, tmp_path / "out")
+
+
 def test_a_truncated_archive_and_a_full_disk(toys, llm_folders, tmp_path, monkeypatch):
     source = release(tmp_path / "toy.tar", llm_folders["first"])
     whole = source.read_bytes()
