@@ -122,9 +122,7 @@ class SSMVisionBlock(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path)
         if config.mlp_ratio > 0:
             self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-            self.mlp = SSMVisionMLP(config, width)
-        else:
-            self.mlp = None
+        self.mlp = SSMVisionMLP(config, width) if config.mlp_ratio > 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.mixer(self.norm1(x)))
@@ -135,7 +133,7 @@ class SSMVisionBlock(GradientCheckpointingLayer):
         return in_strips(self._with_mlp, x)
 
     def _with_mlp(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[misc]  # called where there is one
 
 
 class SSMVisionStage(nn.Module):
@@ -163,7 +161,7 @@ class SSMVisionPreTrainedModel(PreTrainedModel):
     config: SSMVisionConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["SSMVisionBlock"]
     # A tower must accept every implementation that the language model beside it is asked to use.
@@ -183,12 +181,14 @@ class SSMVisionPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = module.weight[0].numel() ** -0.5
                 init.uniform_(module.bias, -bound, bound)
-        elif hasattr(module, "init_parameters"):
-            module.init_parameters(self.config)
+        elif (init_parameters := getattr(module, "init_parameters", None)) is not None:
+            init_parameters(self.config)
 
 
 class SSMVisionTrunk(SSMVisionPreTrainedModel):
     """Stem and stages up to the tap, and the output norms: what Model and Backbone have in common."""
+
+    output_norms: nn.ModuleDict
 
     def __init__(self, config: SSMVisionConfig):
         super().__init__(config)
@@ -281,7 +281,9 @@ class SSMVisionBackbone(BackboneMixin, SSMVisionTrunk):
         outputs = self.stage_outputs(pixel_values)
         named = dict(zip(self.stage_names, outputs, strict=False))
         return BackboneOutput(
-            feature_maps=tuple(self.normed(name, named[name]).permute(0, 3, 1, 2) for name in self.out_features),
+            feature_maps=tuple(  # type: ignore[arg-type]  # of any length
+                self.normed(name, named[name]).permute(0, 3, 1, 2) for name in self.out_features
+            ),
             hidden_states=tuple(output.permute(0, 3, 1, 2) for output in outputs),
         )
 
@@ -299,7 +301,7 @@ class SSMVisionForImageClassification(SSMVisionPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = SSMVisionModel(config, add_output_norm=False)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]  # None before init only
         self.post_init()
 
     @can_return_tuple

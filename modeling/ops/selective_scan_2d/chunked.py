@@ -11,7 +11,7 @@ recurrence run backwards. It recomputes the states of a unit, so that only the i
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -29,7 +29,7 @@ LOG2_E = math.log2(math.e)
 
 
 def linear_recurrence_(
-    steps: list[Tensor], decays: list[Tensor], entry: Tensor, through: Tensor, reverse: bool
+    steps: Sequence[Tensor], decays: Sequence[Tensor], entry: Tensor, through: Tensor, reverse: bool
 ) -> None:
     """In place, turn inputs u into states h_t = decay_t h_{t-1} + u_t along a sequence cut into M equal chunks.
 
@@ -47,8 +47,8 @@ def linear_recurrence_(
         for step, decay in zip(steps[1:], decays[1:], strict=True):
             end = torch.addcmul(step, decay, end)
         ends, throughs = end.unbind(1), through.unbind(1)
-        for previous, current in pairwise(reversed(range(chunks)) if reverse else range(chunks)):
-            ends[current].addcmul_(throughs[current], ends[previous])
+        for earlier, later in pairwise(reversed(range(chunks)) if reverse else range(chunks)):
+            ends[later].addcmul_(throughs[later], ends[earlier])
         steps[0][:, after].addcmul_(entry, end[:, before])
     for (previous, current), decay in zip(pairwise(steps), decays[1:], strict=True):
         current.addcmul_(decay, previous)

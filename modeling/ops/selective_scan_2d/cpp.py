@@ -105,6 +105,12 @@ def library() -> ctypes.CDLL | str:
         return f"building or loading it raised {type(error).__name__}"
 
 
+def _functions() -> ctypes.CDLL:
+    functions = library()
+    assert isinstance(functions, ctypes.CDLL)  # `why_not` was asked before
+    return functions
+
+
 def why_not(x: Tensor, dt_low_rank: Tensor, b: Tensor, *parameters: Tensor, asked_for: bool) -> str | None:
     """In words, why the compiled code does not run on these tensors, or None where it does."""
     if x.device.type != "cpu":
@@ -128,7 +134,7 @@ def _call(maps: list[Tensor], parameters: list[Tensor], grad: Tensor | None, out
     numbers = [torch.get_num_threads(), *x.shape, low_rank.shape[3], low_rank.shape[4], b.shape[4]]
     numbers += [*x.stride()[:3], *((0, 0, 0) if grad is None else grad.stride()[:3])]
     numbers += [*low_rank.stride()[:4], *b.stride()[:4], *c.stride()[:4]]
-    functions = library()
+    functions = _functions()
     function = functions.ssm_vlm_scan_float64 if x.dtype == torch.float64 else functions.ssm_vlm_scan_float32
     function(pointers, (ctypes.c_int64 * len(numbers))(*numbers))
 
@@ -162,7 +168,7 @@ def backward(
     parameters = [values.to(dtype).contiguous() for values in inputs[4:]]
     batch, height, width, channels = x.shape
     directions, rank, states = (*dt_low_rank.shape[3:], b.shape[4])
-    blocks = library().ssm_vlm_scan_blocks(
+    blocks = _functions().ssm_vlm_scan_blocks(
         *(ctypes.c_int64(size) for size in (grad.element_size(), channels, batch, torch.get_num_threads()))
     )
     grad_x = grad.new_empty(x.shape)

@@ -5,6 +5,7 @@ backend runs inside it. Where the library and the code of a saved model are in o
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,24 +44,24 @@ def selective_scan_flops(positions: int, channels: int, states: int, rank: int, 
     return directions * positions * channels * (9 * states + 2 + 2 * rank)
 
 
-def _scan(*arguments: Tensor | str | None) -> Tensor:
+def _scan(*arguments: Any) -> Tensor:
     *tensors, backend = arguments
     with torch.autocast(tensors[0].device.type, enabled=False):  # states and their projections stay in float32
         return choose_backend(NAME, BACKENDS, tuple(tensors), backend).forward(*tensors).contiguous()
 
 
-def _scan_backward(grad: Tensor, *arguments: Tensor | str | None) -> tuple[Tensor, ...]:
+def _scan_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *tensors, backend = arguments
     with torch.autocast(tensors[0].device.type, enabled=False):
         grads = choose_backend(NAME, BACKENDS, tuple(tensors), backend).backward(grad, *tensors)
     return tuple(gradient.contiguous() for gradient in grads)
 
 
-def _fake(x: Tensor, *others: Tensor | str | None) -> Tensor:
+def _fake(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_backward(grad: Tensor, *arguments: Tensor | str | None) -> tuple[Tensor, ...]:
+def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in arguments[:8])
 
 

@@ -57,5 +57,5 @@ def selective_scan_2d_naive(
         outputs.append((state * c[:, t, :, None]).sum(-1))
     y = torch.stack(outputs, dim=1) + d * u  # [B, L, 4, E]
 
-    merged = sum(y[:, order.argsort(), k] for k, order in enumerate(orders))  # [B, L, E]
+    merged = torch.stack([y[:, order.argsort(), k] for k, order in enumerate(orders)]).sum(0)  # [B, L, E]
     return merged.view(batch, height, width, channels).to(x.dtype)
