@@ -46,7 +46,7 @@ lint: $(STAMP)
 
 # mypy sees the folders under their installed names only in a regular install
 types: $(STAMP)
-	rm -rf $(VENV)/typed && $(BIN)/pip install -q --no-deps --no-compile --target $(VENV)/typed .
+	rm -rf build $(VENV)/typed && $(BIN)/pip install -q --no-deps --no-compile --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy -p ssm_vlm --config-file $(CURDIR)/pyproject.toml
 
 # $(call install,ENVIRONMENT,PACKAGES OF TORCH_INDEX,EXTRAS)
@@ -70,4 +70,4 @@ $(TRITON_STAMP): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VISION_VENV) runs
+	rm -rf $(VENV) $(VISION_VENV) build runs

@@ -144,6 +144,6 @@ def _cannot_run(backend: str, inputs: list[Tensor]) -> str | None:
     try:
         with torch.no_grad():
             selective_scan_2d(*corner, backend=backend)
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
+    except Exception as error:  # a compiler's, too
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None

@@ -251,13 +251,13 @@ def _vlm_table(rows: Sequence[Row]) -> list[str]:
 
 
 def curves(groups: Mapping[Taken, Sequence[Record]]) -> dict[str, list[Row]]:
-    """Title -> rows to draw together, for each machine and dtype with an encoder at two sizes or more."""
+    """Title -> rows to draw together, for each machine and dtype with encoders at four sizes or more."""
     found = {}
     for taken, records in groups.items():
         rows = [row for row in merged_rows(records) if row["part"] == "encoder" and row["passes"] == "forward"]
         for dtype in sorted({row["dtype"] for row in rows}):
             of_dtype = [row for row in rows if row["dtype"] == dtype and row["batch"] == 1]
-            if len({row["height"] * row["width"] for row in of_dtype}) > 1:
+            if len({row["height"] * row["width"] for row in of_dtype}) > 3:
                 found[f"{taken.device}, {taken.date}, {dtype}, batch 1"] = of_dtype
     return found
 

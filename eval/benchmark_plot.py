@@ -59,7 +59,7 @@ def plot(groups: Mapping[str, Sequence[Row]], path: Path) -> None:
 
 def _draw(axes: Any, rows: Sequence[Row], height: Callable[[float, float], float]) -> None:
     """One panel; `height` makes of milliseconds and side what is drawn."""
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     alone = [row for row in rows if row["part"] == "encoder" and row["batch"] == 1 and row["variant"] in STYLES]
     curves: dict[tuple[str, str], list[Row]] = {}
@@ -77,13 +77,15 @@ def _draw(axes: Any, rows: Sequence[Row], height: Callable[[float, float], float
         if variant == "default":
             others = [(_side(row), height(1e3 * row["median"], _side(row))) for row in of_curve if not _square(row)]
             axes.plot([p[0] for p in others], [p[1] for p in others], "s", color=colour, markersize=5, fillstyle="none")
-    for crossing in crossovers(alone):
-        if crossing["cheaper_above"] == VMAMBA:
+    passed = [found for found in crossovers(alone) if found["cheaper_above"] == VMAMBA]
+    for variant, (right, up) in LABELS.items():
+        of_variant = sorted((found for found in passed if found["variant"] == variant), key=lambda found: found["side"])
+        for rank, crossing in enumerate(of_variant):
             place = (crossing["side"], height(1e3 * crossing["median"], crossing["side"]))
             axes.plot(*place, "o", color="black", markersize=11, fillstyle="none", markeredgewidth=1.3)
             axes.annotate(
                 f"{crossing['side']:.0f} px", place, textcoords="offset points", fontsize=9,
-                xytext=LABELS[crossing["variant"]], arrowprops={"arrowstyle": "-", "linewidth": 0.8},
+                xytext=(right, up * (1 + rank)), arrowprops={"arrowstyle": "-", "linewidth": 0.8},
                 bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
             )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="side in pixels")
@@ -93,6 +95,7 @@ def _draw(axes: Any, rows: Sequence[Row], height: Callable[[float, float], float
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="both", alpha=0.25)
 
 

@@ -100,7 +100,9 @@ def _check_tensors(path: Path, tensors: dict[Any, Tensor]) -> None:
         elif not plain or type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested:
             reason = f"{listed([name])}, which is sparse, quantised or without values: only plain tensors are read"
         elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            reason = f"{listed([name])}, of shape {tuple(tensor.shape)}, but not so many numbers"
+            reason = (
+                f"{listed([name])}, of shape {tuple(tensor.shape)}, but fewer numbers: expanded tensors are not read"
+            )
         else:
             continue
         raise ValueError(f"{str(path)!r} holds {reason}.")

@@ -58,6 +58,8 @@ _HEADS = (
 def _release_names(tensors: Mapping[str, Tensor]) -> StateDict:
     """Microsoft's name, and order of channels, of each tensor; those of a classifier stay as they are."""
     inner = {key.removeprefix(_ENCODER): tensor for key, tensor in tensors.items()}
+    if len(inner) != len(tensors):
+        raise BrokenFileError(f"it holds tensors both with and without {_ENCODER!r} before their names")
     if "patch_embed.projection.weight" in inner:
         inner = {
             key: _merged_by_slices(tensor) if re.match(r"stages\.\d+\.downsample\.", key) else tensor

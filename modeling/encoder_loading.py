@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.backbone_utils import BackboneMixin
 from transformers.utils import logging
 
 from ..configuration.configuration_tapped_timm import TappedTimmConfig
@@ -37,18 +38,13 @@ from .checkpoint_files import FILES_OF_A_REPOSITORY, read_state_dict, shards_of
 from .checkpoint_layout import StateDict
 from .checkpoint_report import check_fit, check_same_architecture, is_of_type, listed, report_misfit
 from .modeling_tapped_timm import TappedTimmBackbone
+from .own_backbones import IDLE_NORM, TAP_NORMS, freeze_neutral_norms
 from .published_weights import PublishedWeights, on_meta, read_published
 from .timm_backbones import load_timm_encoder, names_in_whole
 
 _BACKBONES: Any = AutoBackbone._model_mapping
 _MODELS: Any = AutoModel._model_mapping
 """Config class -> model class, of stock and registered families; read lazily by Transformers."""
-
-_TAP_NORMS = "hidden_states_norms."
-"""Norms that Transformers' backbones put behind a tap, by the beginning of their names."""
-
-_IDLE_NORM = "swin.layernorm."
-"""Behind the last stage that a Swin has: behind another one when its later stages are cut. No feature map passes it."""
 
 _PART_PREFIX = r"^(?:model\.)?(?:vision_tower|vision_model|vision_encoder|backbone)\.(?:vision_model\.)?"
 """Under what names models that contain a vision model keep it (LLaVA, CLIP, AIMv2, UPerNet, ...)."""
@@ -103,16 +99,7 @@ def load_encoder(
 
 def _random(config: PreTrainedConfig) -> PreTrainedModel:
     """A Backbone with random weights."""
-    return _freeze_neutral_norms(AutoBackbone.from_config(config)).eval()
-
-
-def _freeze_neutral_norms(backbone: PreTrainedModel) -> PreTrainedModel:
-    """A tap norm that nobody trained is not trained here either: it has no parameters, so to speak."""
-    neutral = (_TAP_NORMS, _IDLE_NORM) if _is_parameter_free(backbone.config) else (_IDLE_NORM,)
-    for name, parameter in backbone.named_parameters():
-        if name.startswith(neutral):
-            parameter.requires_grad_(False)
-    return backbone
+    return freeze_neutral_norms(AutoBackbone.from_config(config)).eval()
 
 
 def _is_parameter_free(config: PreTrainedConfig) -> bool:
@@ -209,7 +196,9 @@ def _read_what_is_there(source: str | PathLike) -> tuple[PreTrainedModel, set[st
     report_misfit(str(source), missing=(), unexpected=unexpected, misshaped=info["mismatched_keys"])
     _check_numbers(source, model, whole=part is config)
     _check_tap_norm(source, model)
-    return _freeze_neutral_norms(model).eval(), info["missing_keys"]
+    if isinstance(model, BackboneMixin):  # to a whole Swin its last norm is not idle
+        freeze_neutral_norms(model)
+    return model.eval(), info["missing_keys"]
 
 
 def _check_tap_norm(source: str | PathLike, model: PreTrainedModel) -> None:
@@ -218,7 +207,7 @@ def _check_tap_norm(source: str | PathLike, model: PreTrainedModel) -> None:
     Raises:
         ValueError: the config says that they have no parameters, but somebody trained them.
     """
-    norms = {name: norm for name, norm in model.named_parameters() if name.startswith(_TAP_NORMS)}
+    norms = {name: norm for name, norm in model.named_parameters() if name.startswith(TAP_NORMS)}
     if norms and not _is_parameter_free(model.config):
         model.config.output_norm = "layernorm"
         return
@@ -263,7 +252,7 @@ def _check_numbers(source: str | PathLike, model: PreTrainedModel, whole: bool) 
 def _read_tensors(source: str | PathLike) -> tuple[StateDict, type[PreTrainedModel], PreTrainedConfig]:
     """The tensors that a source in Transformers' format holds of a whole model, its class and its config."""
     model, missing = _read_what_is_there(source)
-    left_out = _TAP_NORMS if _is_parameter_free(model.config) else ()
+    left_out = TAP_NORMS if _is_parameter_free(model.config) else ()
     tensors = {
         key: tensor for key, tensor in model.state_dict().items() if key not in missing and not key.startswith(left_out)
     }
@@ -341,8 +330,8 @@ def saved_config(source: str | PathLike) -> PreTrainedConfig:
 
 def _check_depth(config: PreTrainedConfig) -> None:
     """Raises ValueError for numbers of blocks that no encoder has: it would take forever to build."""
-    depth = getattr(config, "num_hidden_layers", 1)
-    for blocks in [depth, *(getattr(config, "depths", None) or ())]:
+    depth = getattr(config, "num_hidden_layers", None)
+    for blocks in [1 if depth is None else depth, *(getattr(config, "depths", None) or ())]:
         if not isinstance(blocks, int) or not 0 <= blocks <= _MOST_BLOCKS:
             raise ValueError(f"it says that the encoder has {blocks!r} blocks.")
 
@@ -433,7 +422,7 @@ def tap_whole(
     dtype = next(tensor.dtype for tensor in picked.values() if tensor.is_floating_point())
     with _report_of_ours():
         backbone = type(tapped).from_pretrained(None, config=config, state_dict=picked, dtype=dtype)
-    return _freeze_neutral_norms(backbone).eval()
+    return freeze_neutral_norms(backbone).eval()
 
 
 def _tensors_of(
@@ -449,8 +438,8 @@ def _tensors_of(
         source = timm_names.get(key) or _name_in_whole(key, tapped)
         found = tensors.get(source, tensors.get(f"{prefix}.{source}"))
         fits = found is not None and found.shape == own.shape
-        is_normed |= fits and key.startswith(_TAP_NORMS)
-        if not fits and key.startswith(_IDLE_NORM) or found is None and key.startswith(_TAP_NORMS):
+        is_normed |= fits and key.startswith(TAP_NORMS)
+        if not fits and key.startswith(IDLE_NORM) or found is None and key.startswith(TAP_NORMS):
             found = _neutral(key, torch.empty(own.shape))
         elif found is None:
             missing.append(source)

@@ -30,9 +30,13 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.after)
 
 
-def _packable(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies in this dtype on this CPU; where it only could emulate bfloat16, torch does better."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def _is_packable(module: nn.Module) -> bool:
+    """Whether this is a linear layer in a dtype that oneDNN multiplies on this CPU; where it could only emulate
+    bfloat16, torch does better."""
+    if type(module) is not nn.Linear or not torch.backends.mkldnn.is_available():
+        return False
+    weight = module.weight
+    if weight.device.type != "cpu":
         return False
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -47,7 +51,7 @@ def _is_exact_gelu(activation: nn.Module) -> bool:
 def _pack(parent: nn.Module) -> None:
     """Replace the linear layers below `parent`, and the activations that they take in."""
     for name, child in list(parent.named_children()):
-        if type(child) is not nn.Linear:
+        if not _is_packable(child):
             _pack(child)
             continue
         after = [other for other in ACTIVATION_AFTER.get(name, ()) if hasattr(parent, other)]
@@ -94,12 +98,9 @@ def compile_for_inference(encoder: nn.Module) -> Callable[[Tensor], Any]:
     On CUDA each size of input costs the memory of one pass. On CPUs the matrices exist a second time; float32, and
     bfloat16 where the processor multiplies it (there it is the faster by far); any other dtype runs as it is.
 
-    `torch.compile(encoder)` works too. On a CPU it has not paid: 40 s of compilation for VMamba-S at 224 px, and then
-    138 ms a picture, where the encoder as it is took 141 and this function's 117 (2 cores, float32).
-
-    What remains for large pictures and batches is memory that glibc hands back and fetches anew for each tensor. With
-    `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296` in the environment of the process, which then
-    keeps its memory, VMamba-S took 8 to 17 % less time at 1024 px and ViT-S 5 to 12.
+    `torch.compile(encoder)` works too; on a CPU it compiles for long and gains less than this. For large pictures and
+    batches glibc hands memory back and fetches it anew for each tensor: `MALLOC_MMAP_THRESHOLD_=4294967296
+    MALLOC_TRIM_THRESHOLD_=4294967296` in the environment of the process keeps it, which saves some more.
 
     Args:
         encoder: a Backbone or other vision model in `eval()`. It is not changed.
@@ -112,11 +113,10 @@ def compile_for_inference(encoder: nn.Module) -> Callable[[Tensor], Any]:
     """
     if encoder.training:
         raise ValueError("compile_for_inference needs an encoder in eval(): what it does in training is random.")
-    weight = next(encoder.parameters())
-    if weight.is_cuda:
+    if next(encoder.parameters()).is_cuda:
         return CapturedEncoder(encoder)
     ready = encoder
-    if _packable(weight):
+    if any(map(_is_packable, encoder.modules())):
         ready = copy.deepcopy(encoder)
         _pack(ready)
     return torch.no_grad()(ready.forward)

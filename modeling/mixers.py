@@ -64,11 +64,12 @@ class SelectiveScan2dMixer(nn.Module):
         x = self.in_proj(x)  # [B, H, W, E], gated: [B, H, W, 2E]
         if self.gated:
             x, gate = x.chunk(2, dim=-1)
-        x = F.silu(self.conv(x), inplace=not torch.is_grad_enabled())
+        is_ours = not torch.is_grad_enabled() and not self.conv._forward_hooks  # what the convolution gives
+        x = F.silu(self.conv(x), inplace=is_ours)
         projected = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (4, -1))  # [B, H, W, 4, R + 2N]
         dt_low_rank, b, c = projected.split([self.rank, self.states, self.states], dim=-1)
         x = selective_scan_2d(x, dt_low_rank, b, c, self.dt_weight, self.dt_bias, self.a_log, self.d)
-        return in_strips(self._output, *((x, gate) if self.gated else (x,)))
+        return in_strips(self, self._output, *((x, gate) if self.gated else (x,)))
 
     def _output(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         x = self.out_norm(x)

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_backbone_classifier import BackboneClassifierConfig
-from .own_backbones import build_backbone
+from .own_backbones import build_backbone, freeze_neutral_norms
 
 POOLINGS = {"mean": lambda tokens: tokens.mean(1), "max": lambda tokens: tokens.amax(1)}  # [B, N, C] -> [B, C]
 
@@ -32,6 +32,12 @@ class BackboneForImageClassification(PreTrainedModel):
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, config.num_labels)  # type: ignore[arg-type]  # None before init only
         self.post_init()
+
+    def train(self, mode: bool = True) -> "BackboneForImageClassification":
+        """Switch the mode; a tap norm without parameters of its own stays so."""
+        super().train(mode)
+        freeze_neutral_norms(self.backbone)
+        return self
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> ImageClassifierOutput:

@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_llava_style import LlavaStyleConfig
 from .connectors import Connector, ConnectorLinear
 from .image_batches import check_image_tokens, check_tap_features, group_by_size
-from .own_backbones import build_backbone
+from .own_backbones import build_backbone, freeze_neutral_norms
 from .rank_balance import dummy_picture, extra_work
 from .token_grid import encoder_downsampling, grid_size
 from .token_positions import TOKEN_POSITIONS
@@ -111,6 +111,7 @@ class LlavaStyleModel(LlavaStylePreTrainedModel):
         loaded model becomes frozen again.
         """
         super().train(mode)
+        freeze_neutral_norms(self.vision_tower)
         if self.config.freeze_vision:
             self.vision_tower.requires_grad_(False)
             self.vision_tower.train(mode and self.config.vision_train_mode)

@@ -130,7 +130,7 @@ class SSMVisionBlock(GradientCheckpointingLayer):
             return x
         if self.training:  # drop_path draws once for each picture
             return self._with_mlp(x)
-        return in_strips(self._with_mlp, x)
+        return in_strips(self, self._with_mlp, x)
 
     def _with_mlp(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[misc]  # called where there is one

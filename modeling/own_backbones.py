@@ -31,4 +31,24 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoBackbone.from_config(config) if own is None else own._from_config(config)
 
 
-__all__ = ["OWN_BACKBONES", "build_backbone"]
+TAP_NORMS = "hidden_states_norms."
+"""Norms that Transformers' backbones put behind a tap, by the beginning of their names."""
+
+IDLE_NORM = "swin.layernorm."
+"""Behind the last stage that a Swin has: behind another one when its later stages are cut. No feature map passes it."""
+
+
+def freeze_neutral_norms(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A tap norm that the config calls parameter-free is not trained: it has no parameters, so to speak.
+
+    `from_pretrained` makes every loaded parameter trainable, so whoever contains a Backbone calls this in `train()`.
+    """
+    is_parameter_free = getattr(backbone.config, "output_norm", None) == "parameter_free"
+    neutral = (TAP_NORMS, IDLE_NORM) if is_parameter_free else (IDLE_NORM,)
+    for name, parameter in backbone.named_parameters():
+        if name.startswith(neutral):
+            parameter.requires_grad_(False)
+    return backbone
+
+
+__all__ = ["IDLE_NORM", "OWN_BACKBONES", "TAP_NORMS", "build_backbone", "freeze_neutral_norms"]

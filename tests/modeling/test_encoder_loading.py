@@ -23,12 +23,19 @@ from transformers import (
     ConvNextConfig,
     ConvNextImageProcessor,
     ConvNextV2Config,
+    LlamaConfig,
     SwinConfig,
     ViTConfig,
     ViTImageProcessor,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
+from ssm_vlm import (
+    BackboneClassifierConfig,
+    BackboneForImageClassification,
+    LlavaStyleConfig,
+    LlavaStyleForConditionalGeneration,
+)
 from ssm_vlm.configuration.configuration_hidden_state_backbone import HiddenStateBackboneConfig
 from ssm_vlm.configuration.configuration_ssm_vision import SSMVisionConfig
 from ssm_vlm.configuration.encoder_entry import IMAGENET, NamedEncoder, Preprocessing, WeightSource
@@ -324,6 +331,25 @@ class TestTapNormsThatNobodyTrained:
             assert not trained_norms(load_encoder(tmp_path / str(trip), pretrained=False))
             encoder = load_encoder(tmp_path / str(trip))
         assert torch.equal(encoder(pixels).feature_maps[-1], features)
+
+    def test_they_stay_frozen_inside_a_saved_classifier(self, whole, tmp_path):
+        encoder = load_encoder(whole)
+        config = BackboneClassifierConfig(backbone_config=encoder.config, num_labels=3)
+        BackboneForImageClassification(config, backbone=encoder).save_pretrained(tmp_path / "classifier")
+        classifier = BackboneForImageClassification.from_pretrained(tmp_path / "classifier").train()
+        assert not trained_norms(classifier.backbone) and classifier.norm.weight.requires_grad
+
+    def test_they_stay_frozen_inside_a_saved_vision_language_model(self, whole, tmp_path):
+        encoder = load_encoder(whole)
+        text = LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        config = LlavaStyleConfig(
+            vision_config=encoder.config, text_config=text, image_token_id=63, freeze_vision=False
+        )
+        LlavaStyleForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
+        tower = LlavaStyleForConditionalGeneration.from_pretrained(tmp_path / "vlm").train().vision_tower
+        assert not trained_norms(tower) and any(p.requires_grad for p in tower.parameters())
 
     def test_training_moves_everything_but_them(self, whole):
         encoder = load_encoder(whole).train()

@@ -66,8 +66,9 @@ def test_what_one_dnn_does_not_multiply_runs_as_it_is(dtype, monkeypatch):
 @pytest.mark.parametrize("supported", [True, False])
 def test_bfloat16_is_packed_where_the_processor_has_it(supported, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    assert inference._packable(torch.zeros(1, dtype=torch.bfloat16)) is supported
-    assert inference._packable(torch.zeros(1)) and not inference._packable(torch.zeros(1, dtype=torch.float16))
+    linear = torch.nn.Linear(1, 1)
+    assert inference._is_packable(linear) and not inference._is_packable(torch.nn.Linear(1, 1).half())
+    assert inference._is_packable(linear.bfloat16()) is supported
 
 
 @pytest.mark.parametrize("family", ["vit_small_patch16.augreg_in1k_224", "swin_small.in1k_224"])

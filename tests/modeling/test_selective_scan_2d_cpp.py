@@ -128,7 +128,7 @@ def test_large_maps_build_once_even_from_several_processes(fresh, log):
         "assert not isinstance(found, str), found"
     )
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
     (built,) = fresh.iterdir()
     modified = built.stat().st_mtime_ns
     selective_scan_2d(*make_inputs(*LARGE, torch.float32))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ssm_vlm import SSMVisionBackbone, SSMVisionConfig
 from ssm_vlm.modeling import strips
+from ssm_vlm.modeling.mixers import SelectiveScan2dMixer
 from ssm_vlm.modeling.strips import in_strips
 
 STRIP = 5
@@ -16,13 +17,15 @@ def short(monkeypatch):
     monkeypatch.setattr(strips, "STRIP", STRIP)
 
 
-class Doubled:
+class Doubled(torch.nn.Module):
     """Notes how many positions come at a time."""
 
     def __init__(self):
+        super().__init__()
+        self.inside = torch.nn.Identity()
         self.seen: list[int] = []
 
-    def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         self.seen.append(x.shape[:-1].numel())
         return torch.cat([x, gate[..., :1] * x], dim=-1)
 
@@ -36,7 +39,7 @@ def maps(*shape: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_strips_give_the_whole(shape):
     function, (x, gate) = Doubled(), maps(*shape)
-    found = in_strips(function, x, gate)
+    found = in_strips(function, function, x, gate)
     assert max(function.seen) == STRIP and sum(function.seen) == x.shape[:-1].numel()
     assert torch.equal(found, Doubled()(x, gate))
 
@@ -45,15 +48,36 @@ def test_small_maps_and_gradients_keep_the_map_whole():
     for shape, grad in (((1, 1, strips.MIN_STRIPS * STRIP - 1), False), ((2, 5, 8), True)):
         function = Doubled()
         with torch.set_grad_enabled(grad):
-            in_strips(function, *maps(*shape))
+            in_strips(function, function, *maps(*shape))
         assert len(function.seen) == 1
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "accelerate"])
+@torch.no_grad()
+def test_whoever_watches_a_module_inside_sees_whole_maps(kind):
+    function = Doubled()
+    if kind == "accelerate":
+        function.inside._hf_hook = object()
+    else:
+        getattr(function.inside, kind)(lambda *_: None)
+    in_strips(function, function, *maps(2, 5, 8))
+    assert len(function.seen) == 1
+
+
+@torch.no_grad()
+def test_a_hook_keeps_what_the_convolution_gave():
+    mixer, kept = SelectiveScan2dMixer(SSMVisionConfig(hidden_sizes=[8], depths=[1]), 0, 0), []
+    mixer.init_parameters(SSMVisionConfig(hidden_sizes=[8], depths=[1]))
+    mixer.conv.register_forward_hook(lambda _, __, out: kept.append((out, out.clone())))
+    mixer(torch.randn(1, 4, 4, 8))
+    assert torch.equal(*kept[0])
 
 
 @torch.no_grad()
 def test_compiled_and_exported_programs_take_any_size():
     class Module(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return in_strips(torch.relu, x)
+            return in_strips(self, torch.relu, x)
 
     side = torch.export.Dim("side", min=2, max=64)
     program = torch.export.export(Module(), (torch.randn(1, 7, 7, 3),), dynamic_shapes={"x": {1: side, 2: side}})

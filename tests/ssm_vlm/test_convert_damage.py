@@ -199,7 +199,7 @@ def test_a_file_that_was_only_packed_again_is_read(tmp_path):
 TENSORS = {
     "expanded": (
         lambda t: t | {"pos_embed": torch.zeros(1).expand(1, 10_001, 32)},
-        "pos_embed, of shape (1, 10001, 32), but not so many numbers",
+        "pos_embed, of shape (1, 10001, 32), but fewer numbers",
     ),
     "sparse": (
         lambda t: t | {"head.weight": t["head.weight"].to_sparse()},

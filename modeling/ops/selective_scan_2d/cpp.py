@@ -50,7 +50,9 @@ def _compile_commands(source: str, built: str) -> list[list[str]]:
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared"]
     command = [*_compiler(), *flags, *instructions, source, "-o", built]
-    runtimes = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    package = Path(torch.__file__).parent
+    folders = package / "lib", package.parent / "torch.libs"  # wheels of either kind
+    runtimes = sorted(str(path) for folder in folders for path in folder.glob("libgomp*.so*"))
     threaded = [[*command, "-DWITH_THREADS", *link] for link in (runtimes, ["-fopenmp"]) if link]
     return [*threaded, command]
 

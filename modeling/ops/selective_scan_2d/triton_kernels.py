@@ -20,9 +20,10 @@ UNKNOWN = [
     "batch", "length", "height", "width", "chunks", "tiles_of_map", "programs",
     "channels", "low_rank_stride", "low_rank_stride_k", "b_stride", "b_stride_k", "c_stride", "c_stride_k",
 ]  # fmt: skip
-"""Numbers that the compiler may know nothing about. Maps of any size so share one binary per rank and dtype; and from a
-stride that it knew to be a multiple of 8 it would make each thread load 8 channels at once, spread a tile's positions
-over the other threads, and scan by shuffles (counted: 532 of them in place of none)."""
+"""Numbers that the compiler may know nothing about. Maps of most sizes so share one binary per rank and dtype (of
+`tiles` it may know that there is one, or a multiple of 16); and from a stride that it knew to be a multiple of 8 it
+would make each thread load 8 channels at once, spread a tile's positions over the other threads, and scan by shuffles
+(counted: 532 of them in place of none)."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
