@@ -208,7 +208,8 @@ def test_page_holds_every_row_and_all_that_was_not_run(tmp_path):
 
 
 def test_plot_draws_every_machine_and_dtype_that_has_a_curve(tmp_path):
-    rows = [row(name, side, [side**power]) for name, power in ((VMAMBA, 2), (VIT, 2.5)) for side in (224, 384, 512, 768)]
+    sides, powers = (224, 384, 512, 768), ((VMAMBA, 2), (VIT, 2.5))
+    rows = [row(name, side, [side**power]) for name, power in powers for side in sides]
     rows += [
         row(VMAMBA, 224, [9e4], variant="copy_based"),
         row("my_own.tag", 224, [9e4]),

@@ -213,14 +213,15 @@ def _power_of_two(number: int) -> int:
 
 def _with_one_stride(values: Tensor) -> Tensor:
     """[B, H, W, ...] in which positions of all images follow each other at one distance, and values without gap: as it
-    is where possible (slices of one projection are), else a copy."""
+    is where possible (slices of one projection are), else a copy. Directions are near enough for 32 bits."""
     batch, height, width = values.shape[:3]
     step = values.stride(2)
     follows = (height == 1 or values.stride(1) == width * step) and (
         batch == 1 or values.stride(0) == height * width * step
     )
     dense = values.shape[-1] == 1 or values.stride(-1) == 1
-    return values if follows and dense and (width > 1 or (batch == 1 and height == 1)) else values.contiguous()
+    near = values.dim() == 4 or values.stride(3) * (values.shape[3] - 1) <= MAX_OFFSET
+    return values if follows and dense and near and (width > 1 or (batch == 1 and height == 1)) else values.contiguous()
 
 
 def forward(*inputs: Tensor) -> Tensor:
