@@ -196,7 +196,8 @@ def _read_what_is_there(source: str | PathLike) -> tuple[PreTrainedModel, set[st
     report_misfit(str(source), missing=(), unexpected=unexpected, misshaped=info["mismatched_keys"])
     _check_numbers(source, model, whole=part is config)
     _check_tap_norm(source, model)
-    if isinstance(model, BackboneMixin):  # to a whole Swin its last norm is not idle
+    is_backbone = isinstance(model, BackboneMixin)
+    if is_backbone:  # to a whole Swin its last norm is not idle
         freeze_neutral_norms(model)
     return model.eval(), info["missing_keys"]
 

@@ -6,7 +6,7 @@ On CPUs the weights of matrix products are laid out once as oneDNN wants them, a
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.after)
 
 
-def _is_packable(module: nn.Module) -> bool:
+def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether this is a linear layer in a dtype that oneDNN multiplies on this CPU; where it could only emulate
     bfloat16, torch does better."""
     if type(module) is not nn.Linear or not torch.backends.mkldnn.is_available():
