@@ -54,7 +54,14 @@ def _scan_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *tensors, backend = arguments
     with torch.autocast(tensors[0].device.type, enabled=False):
         grads = choose_backend(NAME, BACKENDS, tuple(tensors), backend).backward(grad, *tensors)
-    return tuple(gradient.contiguous() for gradient in grads)
+    return tuple(map(_alone, grads))
+
+
+def _alone(gradient: Tensor) -> Tensor:
+    """Contiguous and in memory of its own, as results of an operator have to be: of one channel or position, a slice
+    of what all gradients were summed in is contiguous already."""
+    gradient = gradient.contiguous()
+    return gradient.clone() if gradient.untyped_storage().nbytes() > gradient.nbytes else gradient
 
 
 def _fake(x: Tensor, *others: Any) -> Tensor:
