@@ -89,6 +89,7 @@ class Measured(NamedTuple):
 
 def ratio(over: Row, under: Row) -> Measured:
     """Of two rows that were taken in turns: the ratio of their medians, and the quartiles of the rounds' ratios."""
+    # Round by round; the budget may have given one of them fewer rounds.
     ratios = [a / b for a, b in zip(over["seconds"], under["seconds"], strict=False)]
     lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return Measured(over["median"] / under["median"], lower, upper)

@@ -16,7 +16,7 @@ MIN_STRIPS = 4
 def in_strips(module: nn.Module, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     """`function(*maps)`, strip by strip on CPUs where no gradient is recorded and nobody watches the modules inside.
 
-    An MLP over a map of 256x256x96 takes half the time, and its hidden map 1.5 MB instead of 100.
+    The hidden map of an MLP over 256x256 positions of 96 channels is 100 MB, that of a strip 1.5.
 
     Args:
         module: holds all that `function` calls.

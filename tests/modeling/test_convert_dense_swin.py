@@ -277,6 +277,7 @@ WRONG = {
         "another shape for hidden_states_norms.stage2.weight (5,) instead of (16,)",
     ),
     "a norm too many": (lambda t: t | {"backbone.norm5.weight": torch.ones(5)}, "holds a norm of stage 6, but only 3"),
+    "a name twice": (lambda t: t | {"norm1.weight": torch.ones(16)}, "both with and without 'backbone.'"),
     "no norms": (lambda t: {k: v for k, v in t.items() if "backbone.norm" not in k}, "in none of the layouts that are"),
     "an odd merging": (
         lambda t: t | {"backbone.stages.0.downsample.norm.weight": torch.ones(30)},

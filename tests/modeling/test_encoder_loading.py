@@ -43,7 +43,7 @@ from ssm_vlm.configuration.named_encoders import ENCODERS
 from ssm_vlm.configuration.taps import tap_norm
 from ssm_vlm.modeling.checkpoint_files import read_state_dict
 from ssm_vlm.modeling.encoder_conversion import convert_encoder, convert_published
-from ssm_vlm.modeling.encoder_loading import load_encoder
+from ssm_vlm.modeling.encoder_loading import load_encoder, read_transformers
 from ssm_vlm.modeling.encoder_preprocessing import encoder_image_processor, image_processor_arguments
 from ssm_vlm.modeling.image_processing_llava_style import LlavaStyleImageProcessor
 
@@ -359,6 +359,9 @@ class TestTapNormsThatNobodyTrained:
         for name, parameter in encoder.named_parameters():
             still = name.startswith(("hidden_states_norms.", "swin.layernorm."))
             assert torch.equal(parameter, before[name]) == still, name
+
+    def test_a_whole_model_is_trained_to_its_last_norm(self, whole):
+        assert all(parameter.requires_grad for parameter in read_transformers(whole).parameters())
 
     def test_those_that_somebody_trained_are_kept_and_trained(self, whole, tmp_path):
         folder = self.with_norms(load_encoder(whole), tmp_path / "a", 3.0, output_norm="layernorm")

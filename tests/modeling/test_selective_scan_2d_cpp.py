@@ -88,15 +88,20 @@ def test_an_empty_name_of_a_compiler_is_none(fresh, monkeypatch):
 
 
 def test_threads_are_those_of_the_runtime_that_torch_brings(monkeypatch, tmp_path):
-    (tmp_path / "lib").mkdir()
-    runtime = tmp_path / "lib" / "libgomp-a34b3233.so.1"
+    package = tmp_path / "torch"
+    (package / "lib").mkdir(parents=True)
+    runtime = package / "lib" / "libgomp-a34b3233.so.1"
     runtime.touch()
     monkeypatch.setenv("CXX", "ccache clang++ -O2")
-    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(torch, "__file__", str(package / "__init__.py"))
     torchs, compilers, none = cpp._compile_commands("source", "built")
     assert torchs[:3] == ["ccache", "clang++", "-O2"] and torchs[-2:] == ["-DWITH_THREADS", str(runtime)]
     assert compilers == [*none, "-DWITH_THREADS", "-fopenmp"] and "-fopenmp" not in torchs + none
-    runtime.unlink()
+    (tmp_path / "torch.libs").mkdir()
+    runtime.rename(tmp_path / "torch.libs" / runtime.name)  # as other wheels have it
+    (moved,) = (tmp_path / "torch.libs").iterdir()
+    assert cpp._compile_commands("source", "built")[0][-1] == str(moved)
+    moved.unlink()
     assert cpp._compile_commands("source", "built") == [compilers, none]
 
 

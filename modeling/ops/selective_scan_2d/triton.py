@@ -23,7 +23,7 @@ The backward pass recomputes everything from the inputs. States and adjoint stat
 tile of 16 positions, channel, direction and state), so that all tiles are independent. Gradients of parameters are
 summed within a program over as many tiles as still fill the chip, then over programs by torch. No atomics anywhere:
 results are the same to the bit from run to run. 103 (rows) to 118 (columns) instructions per element and direction,
-where it still spills some registers, after summaries of 69 to 79. Counted in machine code, not timed.
+where it still spills some registers, after summaries of 69 to 79. Counted by hand, not timed.
 """
 
 import functools
