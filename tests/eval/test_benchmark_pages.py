@@ -160,6 +160,13 @@ def test_bars_of_growth_and_crossing():
     assert verdict(records[:1], "VMamba-S, exponent of time over pixels")[1] == "not measured"
 
 
+@pytest.mark.parametrize(("times", "answer"), [(2.0, ("inf px", "missed")), (0.5, ("224 px", "met"))])
+def test_where_nothing_crosses_the_dearer_one_is_told(times, answer):
+    sides = (224, 384, 512, 768)
+    rows = [row(VIT, side, [side**2]) for side in sides] + [row(VMAMBA, side, [times * side**2]) for side in sides]
+    assert verdict([record(*rows)], "VMamba-S passes ViT-S at") == answer
+
+
 def test_bars_of_a_gpu():
     op = {"part": "op", "batch": 64, "dtype": "bfloat16", "passes": "forward", "compulsory_bytes": 60e6}
     rows = [row("192 channels, 1 states", 56, [1e-3], variant="triton alone", **op)]
